@@ -1,0 +1,133 @@
+"""Checkpoints: a folder or a pair of files with weights (safetensors) and a JSON card.
+
+`NAME.safetensors` holds arrays named `0000`, `0001`, ... in the order of the model's weights;
+`NAME.json`, the card, says everything else: architecture and arguments, halo, noise, data,
+figures and the SHA-256 of the weights. Loading runs no code from either file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from denoise_core.config import nearest
+from denoise_core.errors import CheckpointError, UsageError
+
+SHIPPED = Path(__file__).parent / "models" / "weights"
+CARD_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's card and the place of its weights.
+
+    `break_even_sigma` is the noise (of 255) under which the model does an image more harm than
+    good. `break_even_sigma`, `default_halo` and `exact_halo` steer the denoiser; `card` is all.
+    """
+
+    name: str
+    weights_path: Path
+    card: dict[str, Any] = field(repr=False)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the weights file."""
+        return str(self.card["sha256"])
+
+    def weights(self) -> list[np.ndarray]:
+        """Read the weights as float32 arrays in the model's order. Raises CheckpointError."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            data = self.weights_path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != self.hash:
+                raise CheckpointError(
+                    f"{self.weights_path}: the weights do not have the card's SHA-256; "
+                    "the file is damaged or of another model."
+                )
+            tensors = load(data)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.weights_path}: cannot be read ({error}).") from error
+        return [tensors[name].astype(np.float32) for name in sorted(tensors)]
+
+    def build(self, *, precision: str = "float32") -> Any:
+        """Build the Keras model and set its weights. Raises CheckpointError."""
+        from denoise_core.models import build_model
+
+        model = build_model(
+            self.card["architecture"], precision=precision, **self.card["arguments"]
+        )
+        try:
+            model.set_weights(self.weights())
+        except ValueError as error:
+            raise CheckpointError(f"{self.weights_path}: does not fit its card ({error}).") from error
+        return model
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def load_checkpoint(name: str) -> Checkpoint:
+    """Find a checkpoint by shipped name, folder, card or weights file.
+
+    Raises UsageError where there is none, CheckpointError where its card is damaged.
+    """
+    path = Path(name)
+    if (SHIPPED / f"{name}.json").is_file():
+        card_path = SHIPPED / f"{name}.json"
+    elif path.is_dir():
+        card_path = path / "model.json"
+    else:
+        card_path = path.with_suffix(".json")
+    if not card_path.is_file():
+        known = shipped_names()
+        raise UsageError(
+            f"--model {name!r}: neither a shipped model ({', '.join(known) or 'none'}) nor a "
+            f"folder with model.json and model.safetensors.{nearest(name, known)}"
+        )
+    try:
+        card = json.loads(card_path.read_text())
+        missing = {"architecture", "arguments", "default_halo", "exact_halo", "sha256"} - set(card)
+    except ValueError as error:
+        raise CheckpointError(f"{card_path}: not a model card ({error}).") from error
+    if missing:
+        raise CheckpointError(f"{card_path}: the card lacks {', '.join(sorted(missing))}.")
+    return Checkpoint(card.get("name", card_path.stem), card_path.with_suffix(".safetensors"), card)
+
+
+def save_checkpoint(
+    folder: Path,
+    weights: list[np.ndarray],
+    card: dict[str, Any],
+    *,
+    name: str = "model",
+    dtype: str = "float32",
+) -> Checkpoint:
+    """Write `name`.safetensors and then `name`.json, each in one atomic step.
+
+    `dtype` float16 halves the file; loading gives float32 back.
+    """
+    from safetensors.numpy import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{i:04d}": np.ascontiguousarray(w, dtype=dtype) for i, w in enumerate(weights)}
+    data = save(tensors)
+    card = {"card_version": CARD_VERSION, **card, "sha256": hashlib.sha256(data).hexdigest()}
+    weights_path = folder / f"{name}.safetensors"
+    _replace(weights_path, data)
+    _replace(weights_path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    return Checkpoint(card.get("name", name), weights_path, card)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)

@@ -1,0 +1,192 @@
+"""Denoiser(checkpoint).denoise([arrays]) -> [arrays]. Knows neither files nor Ray.
+
+    denoiser = Denoiser(load_checkpoint("unet-s"))
+    clean, = denoiser.denoise([noisy])
+
+Images of 1 and 3 channels go through the model whole; of any other number, channel by channel.
+A grey plane is repeated to the model's three channels, and their mean is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from denoise_core.checkpoints import Checkpoint
+from denoise_core.config import UsageError
+from denoise_core.patches import Cut, batches, core_of, cut, stack
+from denoise_core.tiling import Region, regions
+
+Array = np.ndarray
+
+# On a CPU the fastest batches stay in its caches; a GPU wants many more pixels at once.
+CPU_BATCH_PIXELS = 110_000
+GPU_BATCH_PIXELS = 4_000_000
+# Bytes that TensorFlow holds at the peak for each pixel of a batch and unit of model width.
+BYTES_PER_PIXEL_AND_WIDTH = 40
+AUTO_PATCHES = (1024, 512, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A region of one image with the pixels of its window.
+
+    `pixels` is (h, w, C) of any real dtype; its first pixel is (0, 0) of `region`'s window. `low`
+    and `high` are the image's data range.
+    """
+
+    pixels: Array
+    region: Region
+    origin: tuple[int, int]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Patch core, halo and stride in pixels, resolved for one model."""
+
+    patch: int
+    halo: int
+    stride: int
+
+    def regions(self, height: int, width: int, *, region: int | None = None) -> list[Region]:
+        """Cut an image of that size; see `tiling.regions`."""
+        return regions(
+            height, width, core=self.patch, halo=self.halo, stride=self.stride, region=region
+        )
+
+
+def resolve_geometry(
+    card: dict[str, Any], *, patch: str, halo: str, memory_bytes: int | None = None
+) -> Geometry:
+    """Turn the words 'auto' and 'exact' into pixels by the model's card.
+
+    A patch of 'auto' is the largest of AUTO_PATCHES whose batch of one fits into half of
+    `memory_bytes`. Raises UsageError for a patch that is no multiple of the model's total stride.
+    """
+    stride = int(card["total_stride"])
+    names = {"auto": card["default_halo"], "exact": card["exact_halo"]}
+    pixels = int(names[halo]) if halo in names else int(halo)
+    if patch == "auto":
+        width = max(card["arguments"].get("widths", (64,)))
+        fits = [
+            size
+            for size in AUTO_PATCHES
+            if (size + 2 * pixels) ** 2 * width * BYTES_PER_PIXEL_AND_WIDTH
+            <= (memory_bytes or 4 << 30) / 2
+        ]
+        core = fits[0] if fits else AUTO_PATCHES[-1]
+    else:
+        core = int(patch)
+    if core % stride:
+        raise UsageError(f"--patch {core}: the model needs a multiple of {stride}.")
+    return Geometry(core, -(-pixels // stride) * stride, stride)
+
+
+class Denoiser:
+    """A model ready to denoise arrays, on whatever device TensorFlow shows."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        geometry: Geometry | None = None,
+        batch_size: int | None = None,
+        strength: float = 1.0,
+        precision: str = "auto",
+    ) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow as tf
+
+        from denoise_core.devices import choose_precision
+
+        self.card = checkpoint.card
+        self.geometry = geometry or resolve_geometry(checkpoint.card, patch="256", halo="auto")
+        self.strength = strength
+        self.precision = choose_precision(precision, tf)
+        gpus = tf.config.get_visible_devices("GPU")
+        self.device = "gpu" if gpus else "cpu"
+        self._batch_pixels = GPU_BATCH_PIXELS if gpus else CPU_BATCH_PIXELS
+        self._most = batch_size or 64
+        if batch_size is not None:
+            self._batch_pixels = batch_size * (self.geometry.patch + 2 * self.geometry.halo) ** 2
+        self._channels = int(checkpoint.card["arguments"]["channels"])
+        model = checkpoint.build(precision=self.precision)
+        shape = tf.TensorSpec((None, None, None, self._channels), tf.float32)
+        self._model = tf.function(lambda x: model(x, training=False), input_signature=[shape])
+        self._constant = tf.constant
+
+    def predict(self, batch: Array) -> Array:
+        """Run the bare model on (N, h, w, C) float32; h and w are multiples of its stride."""
+        return self._model(self._constant(batch)).numpy()
+
+    def denoise(
+        self, images: Sequence[Array], *, ranges: Sequence[tuple[float, float]] | None = None
+    ) -> list[Array]:
+        """Denoise whole images (H, W, C); results are float32 in the image's own units.
+
+        `ranges` holds each image's data range (low, high); default: its dtype's for integers,
+        [0, 1] for floats. Results are neither clipped nor rounded.
+        """
+        from denoise_core.images import data_range
+
+        parts = []
+        for index, pixels in enumerate(images):
+            low, high = ranges[index] if ranges is not None else data_range(pixels)
+            (region,) = self.geometry.regions(*pixels.shape[:2])
+            parts.append(Part(pixels, region, (0, 0), low, high))
+        return self.denoise_parts(parts)
+
+    def denoise_parts(self, parts: Sequence[Part]) -> list[Array]:
+        """Denoise regions; each result is float32 of its region's core, in the image's units.
+
+        Patches of all parts share batches; a result does not depend on its batch neighbours.
+        """
+        results = []
+        for part in parts:
+            y0, y1, x0, x1 = part.region.core
+            results.append(np.empty((y1 - y0, x1 - x0, part.pixels.shape[2]), np.float32))
+        todo = [
+            Cut(source, patch, plane)
+            for source, part in enumerate(parts)
+            for patch in part.region.patches
+            for plane in self._planes(part.pixels.shape[2])
+        ]
+        for batch in batches(todo, batch_pixels=self._batch_pixels, most=self._most):
+            windows = [self._window(parts[item.source], item) for item in batch]
+            outputs = self.predict(stack(windows))
+            for item, noisy, output in zip(batch, windows, outputs, strict=False):
+                self._paste(parts[item.source], item, (noisy, output), into=results[item.source])
+        return results
+
+    def _planes(self, channels: int) -> list[int | None]:
+        whole = channels in (1, self._channels)
+        return [None] if whole else list(range(channels))
+
+    def _window(self, part: Part, item: Cut) -> Array:
+        pixels = part.pixels if item.plane is None else part.pixels[..., item.plane, None]
+        window = cut(pixels, item.patch, origin=part.origin, low=part.low, high=part.high)
+        if window.shape[2] == self._channels:
+            return window
+        return np.repeat(window, self._channels, axis=2)
+
+    def _paste(self, part: Part, item: Cut, pair: tuple[Array, Array], *, into: Array) -> None:
+        noisy, values = (core_of(window, item.patch) for window in pair)
+        if self.strength != 1.0:
+            values = noisy + np.float32(self.strength) * (values - noisy)
+        if into.shape[2] != self._channels:
+            values = values.mean(axis=2, keepdims=True)
+        if (part.low, part.high) != (0.0, 1.0):
+            values = values * np.float32(part.high - part.low) + np.float32(part.low)
+        y0, _, x0, _ = part.region.core
+        y, x = item.patch.y, item.patch.x
+        target = into[y.start - y0 : y.stop - y0, x.start - x0 : x.stop - x0]
+        if item.plane is None:
+            target[...] = values
+        else:
+            target[..., item.plane] = values[..., 0]

@@ -1,0 +1,50 @@
+"""What the machine can do: CPU features, GPUs and TensorFlow's threads and memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# CPUs that multiply bfloat16 in hardware; elsewhere it is emulated and slower than float32.
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has bfloat16 arithmetic (Linux; False elsewhere)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return any(flag in flags for flag in BFLOAT16_FLAGS)
+
+
+def configure_tensorflow(*, threads: int | None, use_gpu: bool) -> Any:
+    """Import TensorFlow with quiet logs, bounded threads and GPU memory that grows.
+
+    Must run before TensorFlow makes its first tensor. Without `use_gpu` all GPUs are hidden: Ray
+    2.60 shows every GPU to workers that asked for none.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    if threads is not None:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    if not use_gpu:
+        tf.config.set_visible_devices([], "GPU")
+    for gpu in tf.config.get_visible_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    return tf
+
+
+def choose_precision(wanted: str, tf: Any) -> str:
+    """Resolve 'auto' to 'bfloat16' where the device computes fast in it, else 'float32'."""
+    if wanted != "auto":
+        return wanted
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        # Ampere, compute capability 8.0, is the first with bfloat16.
+        return "bfloat16" if details.get("compute_capability", (0, 0)) >= (8, 0) else "float32"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"

@@ -1,0 +1,43 @@
+"""Image bytes <-> arrays: read headers, decode, encode, read windows of large TIFFs.
+
+    image = decode(data, name="a.png")                   # pixels (H, W, C), alpha (H, W) or None
+    data, lost = encode(image.pixels, image.alpha, image.metadata)
+
+What comes in goes out: size, channels, dtype, bit depth, alpha, ICC, EXIF, DPI, TIFF axes and
+tags; whatever a file cannot keep is named in `lost`. Codecs are imported on first use, so that
+importing this package costs NumPy and nothing else.
+"""
+
+from denoise_core.images.codecs import (
+    FORMATS,
+    decode,
+    encode,
+    output_name,
+    read_header,
+    read_metadata,
+    read_window,
+)
+from denoise_core.images.types import (
+    MAX_PIXELS,
+    DecodedImage,
+    ImageHeader,
+    ImageMetadata,
+)
+from denoise_core.images.values import data_range, rescale, to_dtype
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "DecodedImage",
+    "ImageHeader",
+    "ImageMetadata",
+    "data_range",
+    "decode",
+    "encode",
+    "output_name",
+    "read_header",
+    "read_metadata",
+    "read_window",
+    "rescale",
+    "to_dtype",
+]

@@ -1,0 +1,282 @@
+"""Which codec reads and writes what: the content decides the format, never the file name."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from typing import BinaryIO
+
+import numpy as np
+
+from denoise_core.errors import CorruptImage, NotAnImage, UnsupportedImage, UsageError
+from denoise_core.images import npy, pillow, png, tiff
+from denoise_core.images.types import (
+    MAX_PIXELS,
+    MAX_WINDOWED_PIXELS,
+    Array,
+    DecodedImage,
+    ImageHeader,
+    ImageMetadata,
+    check_finite,
+    check_size,
+    join_alpha,
+    split_alpha,
+)
+from denoise_core.images.values import BIT_DEPTHS, data_range, rescale, to_dtype
+
+FORMATS = ("png", "tiff", "jpeg", "webp", "bmp", "npy")
+
+SUFFIXES = {
+    "png": (".png",),
+    "tiff": (".tiff", ".tif"),
+    "jpeg": (".jpg", ".jpeg"),
+    "webp": (".webp",),
+    "bmp": (".bmp", ".dib"),
+    "npy": (".npy",),
+}
+# Formats that people have in such folders, and that are refused by name.
+FOREIGN = (
+    (0, b"GIF8", "GIF (palette, perhaps animated)"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"SIMPLE  =", "FITS"),
+    (128, b"DICM", "DICOM"),
+    (0, b"%PDF", "PDF"),
+    (0, b"\x89HDF", "HDF5"),
+    (0, b"PK\x03\x04", "ZIP"),
+)
+SNIFF_BYTES = 132
+
+
+def _sniff(head: bytes, *, name: str) -> str:
+    if head.startswith(png.SIGNATURE):
+        return "png"
+    if head.startswith(tiff.SIGNATURES):
+        return "tiff"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head.startswith(npy.SIGNATURE):
+        return "npy"
+    if head.startswith(b"BM") and len(head) >= 26 and head[14:18] in _BMP_HEADER_SIZES:
+        return "bmp"
+    raise _foreign(head, name=name)
+
+
+_BMP_HEADER_SIZES = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
+
+
+def _foreign(head: bytes, *, name: str) -> NotAnImage | UnsupportedImage:
+    expected = "expected PNG, TIFF, JPEG, WebP, BMP or .npy"
+    if not head:
+        return NotAnImage(f"{name}: the file is empty; {expected}: copy or download it again")
+    for offset, magic, kind in FOREIGN:
+        if head[offset : offset + len(magic)] == magic:
+            return UnsupportedImage(f"{name}: a {kind} file; {expected}: convert it first")
+    return NotAnImage(
+        f"{name}: begins with {head[:12]!r}, which no known image does; {expected}: leave it out "
+        "with --exclude or replace it"
+    )
+
+
+def read_header(
+    source: bytes | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS
+) -> ImageHeader:
+    """The header of an image, from its first bytes (TIFF: its directories) alone.
+
+    `source` is the whole file or a seekable file. A TIFF that can be read in windows may have
+    more than `max_pixels`. Raises NotAnImage, CorruptImage, UnsupportedImage, ImageTooLarge.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    header = _read_header(file, name=name)
+    limit = max(max_pixels, MAX_WINDOWED_PIXELS) if header.windowed else max_pixels
+    return check_size(header, name=name, max_pixels=limit)
+
+
+def _read_header(file: BinaryIO, *, name: str) -> ImageHeader:
+    file.seek(0)
+    kind = _sniff(file.read(SNIFF_BYTES), name=name)
+    if kind == "png":
+        return png.read_header(file, name=name)
+    if kind == "tiff":
+        return tiff.read_header(file, name=name)
+    if kind == "jpeg":
+        return pillow.read_jpeg_header(file, name=name)
+    if kind == "webp":
+        return pillow.read_webp_header(file, name=name)
+    if kind == "bmp":
+        return pillow.read_bmp_header(file, name=name)
+    return npy.read_header(file, name=name)
+
+
+def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Pixels, alpha, header and metadata of a whole file.
+
+    Pixels are (H, W, C), C-contiguous, in native byte order and not rotated, whatever the EXIF
+    orientation says. Raises what `read_header` raises, and NonFiniteValues.
+    """
+    header = read_header(data, name=name, max_pixels=max_pixels)
+    check_size(header, name=name, max_pixels=max_pixels)
+    samples, metadata = _decode_samples(data, header, name=name)
+    if samples.shape != (header.height, header.width, header.samples):
+        raise CorruptImage(
+            f"{name}: the header tells {header.height}x{header.width}x{header.samples} samples, "
+            f"the pixels are {samples.shape}; copy or download the file again"
+        )
+    check_finite(samples, name=name)
+    pixels, alpha = split_alpha(samples, header.has_alpha)
+    return DecodedImage(pixels=pixels, alpha=alpha, header=header, metadata=metadata)
+
+
+def _decode_samples(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, ImageMetadata]:
+    if header.format == "png":
+        return png.decode(data, header, name=name)
+    if header.format == "tiff":
+        return tiff.decode(data, header, name=name)
+    if header.format == "jpeg":
+        return pillow.decode_jpeg(data, header, name=name)
+    if header.format == "webp":
+        return pillow.decode_webp(data, header, name=name)
+    if header.format == "bmp":
+        return pillow.decode_bmp(data, header, name=name)
+    return npy.decode(data, header, name=name)
+
+
+def read_metadata(file: BinaryIO, *, name: str) -> ImageMetadata:
+    """Metadata of a windowed TIFF without its pixels, for `assemble.assemble_tiff`."""
+    return tiff.read_metadata(file, tiff.read_header(file, name=name), name=name)
+
+
+def read_window(
+    file: BinaryIO, *, y: slice, x: slice, name: str = "image"
+) -> tuple[Array, Array | None]:
+    """Pixels (h, w, C) and alpha (h, w) of rows `y` and columns `x` of a windowed TIFF.
+
+    Reads only the tiles, strips or rows that the window touches. The same as a slice of
+    `decode`, with the same errors.
+    """
+    samples, header = tiff.read_window(file, y=y, x=x, name=name)
+    check_finite(samples, name=name)
+    return split_alpha(samples, header.has_alpha)
+
+
+def encode(
+    pixels: Array,
+    alpha: Array | None,
+    metadata: ImageMetadata,
+    *,
+    format: str = "preserve",
+    bit_depth: str = "preserve",
+    compression: str | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> tuple[bytes, tuple[str, ...]]:
+    """The file, and the names of everything of the source that it does not hold.
+
+    `pixels` (H, W, C) are in the source's units and of its dtype, or floats that are rounded and
+    clipped to it. `format` is one of FORMATS or "preserve". `bit_depth` "8", "16" or "32f" moves
+    `value_range` (default: `data_range` of the source) to the range of that depth. `compression`:
+    TIFF none, deflate, lzw, zstd or lzma; PNG a level of 0 to 9; others have none.
+    Raises UnsupportedImage when the format cannot hold the image.
+    """
+    target = metadata.format if format == "preserve" else format
+    _check_options(target, bit_depth, compression)
+    source = np.dtype(metadata.dtype)
+    dtype = source if bit_depth == "preserve" else np.dtype(BIT_DEPTHS[bit_depth])
+    if dtype == source:
+        lo, hi = value_range or (None, None)
+        samples = join_alpha(to_dtype(pixels, source, lo, hi), alpha)
+    else:
+        samples = _change_depth(pixels, alpha, dtype, metadata, value_range)
+    data, lost = _encode_samples(samples, metadata, target, compression)
+    return data, tuple(dict.fromkeys((*metadata.lost, *_left_behind(metadata, target), *lost)))
+
+
+def _check_options(target: str, bit_depth: str, compression: str | None) -> None:
+    if target not in FORMATS:
+        raise UsageError(f"format {target!r} is unknown; expected one of {', '.join(FORMATS)}")
+    if bit_depth != "preserve" and bit_depth not in BIT_DEPTHS:
+        raise UsageError(
+            f"bit depth {bit_depth!r} is unknown; expected preserve, {', '.join(BIT_DEPTHS)}"
+        )
+    if target == "png" and compression and compression not in tuple("0123456789"):
+        raise UsageError(f"PNG compression {compression!r} is unknown; expected a level of 0 to 9")
+
+
+def _change_depth(
+    pixels: Array,
+    alpha: Array | None,
+    dtype: np.dtype[np.generic],
+    metadata: ImageMetadata,
+    value_range: tuple[float, float] | None,
+) -> Array:
+    source = np.dtype(metadata.dtype)
+    bounds = value_range or data_range(pixels if source.kind == "f" else source, bits=metadata.bits)
+    moved = rescale(pixels, dtype, source=bounds)
+    if alpha is None:
+        return moved
+    return join_alpha(moved, rescale(alpha, dtype, source=data_range(source)))
+
+
+def _encode_samples(
+    samples: Array, metadata: ImageMetadata, target: str, compression: str | None
+) -> tuple[bytes, list[str]]:
+    if target == "png":
+        return png.encode(samples, metadata, compression=compression)
+    if target == "tiff":
+        return tiff.encode(samples, metadata, compression=compression)
+    if target == "jpeg":
+        return pillow.encode_jpeg(samples, metadata)
+    if target == "webp":
+        return pillow.encode_webp(samples, metadata)
+    if target == "bmp":
+        return pillow.encode_bmp(samples, metadata)
+    return npy.encode(samples, metadata)
+
+
+# What of another format's metadata the general fields (ICC, EXIF, XMP, DPI) already carry.
+GENERAL_PNG = frozenset(("iCCP", "pHYs", "eXIf"))
+GENERAL_JPEG = (b"JFIF\0", pillow.EXIF_PREFIX, pillow.XMP_PREFIX, pillow.ICC_PREFIX)
+GENERAL_TIFF = frozenset((tiff.ICC_TAG, tiff.XMP_TAG))
+
+
+def _left_behind(metadata: ImageMetadata, target: str) -> list[str]:
+    """Names of the native metadata that another format has no place for."""
+    if metadata.format == target:
+        return []
+    if metadata.format == "png":
+        return [
+            f"png:{kind}"
+            for kind, body in metadata.native["chunks"]
+            if kind not in GENERAL_PNG and not body.startswith(b"XML:com.adobe.xmp\0")
+        ]
+    if metadata.format == "jpeg":
+        return [
+            "jpeg:comment" if marker == pillow.COM else f"jpeg:APP{marker - pillow.APP0}"
+            for marker, body in metadata.native["segments"]
+            if not body.startswith(GENERAL_JPEG)
+        ]
+    if metadata.format == "tiff":
+        return tiff.tags_left_behind(metadata)
+    return []
+
+
+def output_name(path: str, format: str) -> str:
+    """The output's relative path: the input's, with the new suffix behind it where it changes.
+
+    "a/b.png" stays under "preserve" and "png"; under "tiff" it becomes "a/b.png.tiff", so that
+    a.png and a.jpg never meet. The suffix names no content: a PNG called x.jpg stays x.jpg.
+    """
+    if format == "preserve":
+        return path
+    if format not in SUFFIXES:
+        raise UsageError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
+    suffix = posixpath.splitext(path)[1].lower()
+    return path if suffix in SUFFIXES[format] else path + SUFFIXES[format][0]

@@ -1,0 +1,39 @@
+"""Architectures by name, and the geometry that tiling needs to know of each.
+
+`MODELS` is the whole list. `build_model` imports Keras; looking a name up does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from denoise_core.config import nearest
+from denoise_core.errors import UsageError
+from denoise_core.models import unet
+
+MODELS = {"unet": unet}
+"""Architecture name -> module with `build(**arguments)`, `total_stride(...)`, `exact_halo(...)`
+and `mflop_per_pixel(...)`, all of which take the same arguments."""
+
+
+def architecture(name: str) -> Any:
+    """Return the module of an architecture. Raises UsageError for an unknown name."""
+    if name not in MODELS:
+        raise UsageError(f"Unknown architecture {name!r}.{nearest(name, MODELS)}")
+    return MODELS[name]
+
+
+def build_model(name: str, *, precision: str = "float32", **arguments: Any) -> Any:
+    """Build a Keras model of (N, H, W, C) float values, with fresh weights.
+
+    `precision` is 'float32', or 'bfloat16' for bfloat16 compute over float32 weights.
+    """
+    import keras
+
+    policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        return architecture(name).build(**arguments)
+    finally:
+        keras.config.set_dtype_policy(previous)

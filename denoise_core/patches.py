@@ -1,0 +1,88 @@
+"""Cut and paste arrays with tiles, and stack the cut patches to batches of one fixed shape.
+
+Pixels keep their own dtype until a patch is cut; then they are float32 with the data range mapped
+to [0, 1], not clipped: values outside the range are noise, not an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from denoise_core.tiling import Patch
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A patch of one of several images: `source` is the image's place in its list.
+
+    `plane` is the channel that the patch is of, or None for all channels together.
+    """
+
+    source: int
+    patch: Patch
+    plane: int | None
+
+
+def cut(
+    pixels: Array, patch: Patch, *, origin: tuple[int, int], low: float, high: float
+) -> Array:
+    """Return the patch's window as float32 (h, w, C), mirrored where it leaves the image.
+
+    `pixels` is (H, W, C) of any real dtype with its first pixel at `origin` of the image.
+    """
+    top, left = origin
+    rows = slice(patch.y.first - top, min(patch.y.last - top, pixels.shape[0]))
+    columns = slice(patch.x.first - left, min(patch.x.last - left, pixels.shape[1]))
+    window = pixels[rows, columns].astype(np.float32)
+    if (low, high) != (0.0, 1.0):
+        window -= np.float32(low)
+        window *= np.float32(1.0 / (high - low))
+    missing = patch.y.length - window.shape[0], patch.x.length - window.shape[1]
+    if missing == (0, 0):
+        return window
+    return np.pad(window, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
+
+
+def core_of(window: Array, patch: Patch) -> Array:
+    """Return the core's part (h, w, C) of a window's values."""
+    y, x = patch.y, patch.x
+    return window[y.start - y.first : y.stop - y.first, x.start - x.first : x.stop - x.first]
+
+
+def batches(cuts: Iterable[Cut], *, batch_pixels: int, most: int) -> Iterator[list[Cut]]:
+    """Group patches of one window shape, of whatever images, to batches.
+
+    A batch has as many patches as fit into `batch_pixels`, at least one and at most `most`.
+    """
+    waiting: dict[tuple[int, int], list[Cut]] = defaultdict(list)
+    for item in cuts:
+        shape = item.patch.shape
+        size = batch_size(shape, batch_pixels=batch_pixels, most=most)
+        waiting[shape].append(item)
+        if len(waiting[shape]) == size:
+            yield waiting.pop(shape)
+    yield from waiting.values()
+
+
+def batch_size(shape: tuple[int, int], *, batch_pixels: int, most: int) -> int:
+    """Return the patches of one window shape that make a full batch, a power of two."""
+    fit = max(1, min(most, batch_pixels // (shape[0] * shape[1])))
+    return 1 << (fit.bit_length() - 1)
+
+
+def stack(windows: Sequence[Array]) -> Array:
+    """Stack windows to (N, h, w, C), N rounded up to a power of two with zeros.
+
+    So a shape meets the model in few batch sizes: each new one costs a device some tuning.
+    """
+    count = 1 << (len(windows) - 1).bit_length()
+    batch = np.zeros((count, *windows[0].shape), np.float32)
+    for place, window in zip(batch, windows, strict=False):
+        place[...] = window
+    return batch

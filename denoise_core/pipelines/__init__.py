@@ -1,0 +1,1 @@
+"""The only folder that imports Ray. Importing it does not import TensorFlow."""

@@ -1,0 +1,225 @@
+"""The rows of a run as columns: one pass over all of them, then a few by number."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from denoise_core.errors import ObjectNotFound, RunFailed
+from denoise_core.results import SCHEMA, SCHEMA_VERSION
+from denoise_core.storage import StorageOptions, join, storage_for
+
+SHOWN_IMAGES = 1000
+Floats = NDArray[np.float64]
+
+STATUSES = ("ok", "copied", "failed")
+OK, COPIED, FAILED = range(3)
+_NUMBERS = [
+    "width",
+    "height",
+    "source_bytes",
+    "attempts",
+    "sigma_in",
+    "sigma_out",
+    "clipped_fraction",
+    "residual_autocorrelation",
+    "seam_ratio",
+    "psnr",
+    "ssim",
+    "psnr_noisy",
+    "ssim_noisy",
+    "read_ms",
+    "denoise_ms",
+    "write_ms",
+]
+_SURVEYED = [
+    *_NUMBERS,
+    *["schema_version", "status", "source_uri", "run_id", "model_id", "model_hash"],
+    *["error_stage", "error_type", "metadata_lost", "started_at", "finished_at"],
+]
+
+
+class Table:
+    """The Parquet parts below OUT, read batch by batch or by row numbers over all parts."""
+
+    def __init__(self, out: str, options: StorageOptions | None) -> None:
+        self._storage = storage_for(out, options)
+        root = join(out, "reports", "images")
+        try:
+            entries = [entry.uri for entry in self._storage.list(root, recursive=False)]
+        except ObjectNotFound:
+            entries = []
+        self.parts = sorted(
+            uri for uri in entries if re.fullmatch(r"part-.*\.parquet", uri.rsplit("/", 1)[-1])
+        )
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """All rows in order, up to 65,536 at a time; a column that a part lacks is null."""
+        for uri in self.parts:
+            with self._storage.open(uri) as file:
+                parquet = _parquet(file, uri)
+                present = [name for name in columns if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(batch_size=65536, columns=present):
+                    yield _complete(pa.Table.from_batches([batch]), columns)
+
+    def take(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The rows of these numbers as dictionaries of all columns, in the order asked for."""
+        found: dict[int, dict[str, Any]] = {}
+        start = 0
+        for uri in self.parts:
+            with self._storage.open(uri) as file:
+                parquet = _parquet(file, uri)
+                for group in range(parquet.num_row_groups):
+                    size = parquet.metadata.row_group(group).num_rows
+                    inside = rows[(rows >= start) & (rows < start + size)]
+                    if inside.size:
+                        some = _complete(parquet.read_row_group(group), SCHEMA.names)
+                        picked = some.take(pa.array(inside - start)).to_pylist()
+                        found.update(zip(inside.tolist(), picked, strict=True))
+                    start += size
+        return [found[row] for row in rows.tolist()]
+
+
+def _parquet(file: Any, uri: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise RunFailed(
+            f"{uri} is not a Parquet file that can be read ({error}). "
+            "Run jobs.denoise again on this OUT to rebuild the table."
+        ) from error
+
+
+def _complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    arrays = [
+        table.column(name) if name in table.column_names else pa.nulls(len(table), _type(name))
+        for name in columns
+    ]
+    return pa.table(arrays, names=list(columns))
+
+
+def _type(name: str) -> pa.DataType:
+    return SCHEMA.field(name).type
+
+
+def read_run(out: str, options: StorageOptions | None) -> dict[str, Any] | None:
+    """OUT/run.json, or None where there is none. A broken one is no reason to have no report."""
+    try:
+        loaded = json.loads(storage_for(out, options).read(join(out, "run.json")))
+    except ObjectNotFound:
+        return None
+    except ValueError as error:
+        return {"run.json": f"could not be read: {error}"}
+    return loaded if isinstance(loaded, dict) else {"run.json": loaded}
+
+
+@dataclass(slots=True)
+class Survey:
+    """What one pass leaves: numbers by column, status codes, counts, and which rows to show."""
+
+    numbers: dict[str, Floats]
+    status: NDArray[np.int64]
+    spans: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
+    models: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    failures: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    metadata_lost: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    prefix: str = ""
+    first_by_name: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def failed(self) -> NDArray[np.int64]:
+        """Numbers of the failed rows."""
+        return np.flatnonzero(self.status == FAILED)
+
+
+def survey_rows(table: Table) -> Survey:
+    """Read every row once. Raises RunFailed for damaged parts and for a newer schema."""
+    chunks: dict[str, list[Floats]] = {name: [np.empty(0)] for name in _NUMBERS}
+    status: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    survey = Survey(numbers={}, status=status[0])
+    names = pa.table({"name": pa.array([], pa.string()), "row": pa.array([], pa.int64())})
+    low: str | None = None
+    high: str | None = None
+    start = 0
+    for batch in table.batches(_SURVEYED):
+        _check_version(batch)
+        for name in _NUMBERS:
+            chunks[name].append(_floats(batch.column(name)))
+        codes = pc.index_in(batch.column("status"), value_set=pa.array(STATUSES))
+        status.append(pc.fill_null(codes, len(STATUSES)).to_numpy().astype(np.int64))
+        _count(survey, batch, failed=pa.array(status[-1] == FAILED))
+        names = _smallest(names, batch.column("source_uri"), start)
+        ends = pc.min_max(batch.column("source_uri")).as_py()
+        low = min(filter(None, (low, ends["min"])), default=None)
+        high = max(filter(None, (high, ends["max"])), default=None)
+        start += len(batch)
+    survey.numbers = {name: np.concatenate(parts) for name, parts in chunks.items()}
+    survey.status = np.concatenate(status)
+    survey.prefix = _common_folder(low or "", high or "")
+    survey.first_by_name = names.column("row").to_numpy()
+    return survey
+
+
+def _check_version(batch: pa.Table) -> None:
+    newest = pc.max(batch.column("schema_version")).as_py() or 0
+    if newest > SCHEMA_VERSION:
+        raise RunFailed(
+            f"The rows are of schema version {newest}, this program reads up to {SCHEMA_VERSION}. "
+            "Update denoise-jobs."
+        )
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    """Values as float64, null as NaN."""
+    return pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
+
+
+def _count(survey: Survey, batch: pa.Table, *, failed: pa.Array) -> None:
+    """Add this batch's groups to the counts. Groups are few, so they may be Python objects."""
+    survey.failures.update(_groups(batch.filter(failed), ["error_stage", "error_type"]))
+    survey.models.update(_groups(batch, ["model_id", "model_hash"]))
+    lost = pa.table({"lost": pc.list_flatten(batch.column("metadata_lost"))})
+    survey.metadata_lost.update(_groups(lost, ["lost"]))
+    times = batch.group_by("run_id").aggregate([("started_at", "min"), ("finished_at", "max")])
+    for row in times.to_pylist():
+        first, last = row["started_at_min"], row["finished_at_max"]
+        if first is None or last is None:
+            continue
+        before = survey.spans.get(row["run_id"], (first, last))
+        survey.spans[row["run_id"]] = (min(before[0], first), max(before[1], last))
+
+
+def _groups(table: pa.Table, keys: list[str]) -> dict[tuple[Any, ...], int]:
+    rows = table.group_by(keys).aggregate([([], "count_all")]).to_pylist()
+    return {tuple(row[key] for key in keys): row["count_all"] for row in rows}
+
+
+def _smallest(names: pa.Table, column: pa.ChunkedArray, start: int) -> pa.Table:
+    """The SHOWN_IMAGES first rows by name of those kept so far and this batch."""
+    rows = pa.array(np.arange(start, start + len(column)))
+    both = pa.concat_tables([names, pa.table({"name": column, "row": rows})])
+    keys = [("name", "ascending"), ("row", "ascending")]
+    kept = min(SHOWN_IMAGES, len(both))
+    return both.take(pc.select_k_unstable(both, k=kept, sort_keys=keys))
+
+
+def _common_folder(low: str, high: str) -> str:
+    """The folder, with its '/', that all names share: that of the first and last in order."""
+    shared = 0
+    for a, b in zip(low, high, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return low[: low.rfind("/", 0, shared) + 1]

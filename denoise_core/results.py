@@ -1,0 +1,239 @@
+"""The row of evidence: its schema, the journal of a run and the final report table.
+
+A run appends small Parquet shards to a journal as images finish. At its end the journal and the
+table of earlier runs are merged to `reports/images/part-*.parquet` with one row for each image.
+Both are keyed by `image_id`; of several rows of one image the latest `finished_at` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from denoise_core.errors import ObjectNotFound
+from denoise_core.storage import Storage, join
+
+SCHEMA_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        ("schema_version", pa.int32()),
+        ("run_id", pa.string()),
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("output_uri", pa.string()),
+        ("status", pa.string()),
+        ("source_bytes", pa.int64()),
+        ("source_fingerprint", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("channels", pa.int64()),
+        ("dtype", pa.string()),
+        ("has_alpha", pa.bool_()),
+        ("model_id", pa.string()),
+        ("model_hash", pa.string()),
+        ("config_hash", pa.string()),
+        ("patch", pa.int64()),
+        ("halo", pa.int64()),
+        ("regions", pa.int64()),
+        ("patches", pa.int64()),
+        ("strength", pa.float64()),
+        ("sigma_in", pa.float64()),
+        ("sigma_out", pa.float64()),
+        ("mean_shift", pa.list_(pa.float64())),
+        ("clipped_fraction", pa.float64()),
+        ("residual_autocorrelation", pa.float64()),
+        ("seam_ratio", pa.float64()),
+        ("psnr", pa.float64()),
+        ("ssim", pa.float64()),
+        ("mse", pa.float64()),
+        ("psnr_noisy", pa.float64()),
+        ("ssim_noisy", pa.float64()),
+        ("mse_noisy", pa.float64()),
+        ("reference_uri", pa.string()),
+        ("data_range", pa.list_(pa.float64())),
+        ("metadata_lost", pa.list_(pa.string())),
+        ("attempts", pa.int64()),
+        ("error_stage", pa.string()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("read_ms", pa.float64()),
+        ("denoise_ms", pa.float64()),
+        ("write_ms", pa.float64()),
+        ("device", pa.string()),
+        ("node_id", pa.string()),
+        ("started_at", pa.timestamp("us", tz="UTC")),
+        ("finished_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""One row for each image. Sigmas and mean shifts are in 1/255 of the data range, MSE in its square
+as a share of 1, PSNR in dB, times in milliseconds, `data_range` is [lo, hi] in the image's own
+units. Nullable where a column does not apply to the row's status."""
+
+PART_ROWS = 100_000
+JOURNAL_SHARDS = 200
+Row = dict[str, Any]
+
+
+def parts_root(out: str) -> str:
+    """Folder of the final table."""
+    return join(out, "reports", "images")
+
+
+def journal_root(out: str) -> str:
+    """Folder of the rows that are not yet in the final table."""
+    return join(out, ".denoise", "journal")
+
+
+def new_row(**values: Any) -> Row:
+    """Return a row with every column of SCHEMA, None where not given."""
+    unknown = set(values) - set(SCHEMA.names)
+    if unknown:
+        raise KeyError(f"no columns of the row schema: {sorted(unknown)}")
+    return {**dict.fromkeys(SCHEMA.names), "schema_version": SCHEMA_VERSION, **values}
+
+
+class Journal:
+    """Rows of finished images, made durable in small Parquet shards as they come.
+
+    A row is safe once `flush` has returned. Many small shards are merged to one now and then.
+    """
+
+    def __init__(self, storage: Storage, out: str, *, run_id: str) -> None:
+        self.storage, self.root, self.run_id = storage, journal_root(out), run_id
+        self.waiting: list[Row] = []
+        self.shards: list[str] = []
+        self.written = 0
+
+    def append(self, row: Row) -> None:
+        """Take one row; it is not durable before `flush`."""
+        self.waiting.append(row)
+
+    def flush(self) -> None:
+        """Write what waits as one shard."""
+        if not self.waiting:
+            return
+        self._write(pa.Table.from_pylist(self.waiting, schema=SCHEMA))
+        self.waiting = []
+        if len(self.shards) >= JOURNAL_SHARDS:
+            merged, self.shards = self.shards, []
+            self._write(pa.concat_tables([_read(self.storage, uri) for uri in merged]))
+            for uri in merged:
+                self.storage.delete(uri)
+
+    def _write(self, table: pa.Table) -> None:
+        uri = join(self.root, f"{self.run_id}-{self.written:06d}.parquet")
+        self.storage.write(uri, _encode(table))
+        self.shards.append(uri)
+        self.written += 1
+
+
+def _encode(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return memoryview(sink.getvalue())
+
+
+def _read(storage: Storage, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read(uri)), columns=columns)
+
+
+def _list(storage: Storage, root: str) -> list[str]:
+    try:
+        return sorted(e.uri for e in storage.list(root) if e.uri.endswith(".parquet"))
+    except ObjectNotFound:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """Which rows count: for each shard the places of the rows that are the last of their image."""
+
+    shards: list[str]
+    keep: list[np.ndarray]
+    rows: int
+    has_journal: bool
+
+
+def latest_rows(storage: Storage, out: str) -> Latest:
+    """Find the last row of every image in the table and the journal, reading two columns only."""
+    parts, journal = _list(storage, parts_root(out)), _list(storage, journal_root(out))
+    shards = parts + journal
+    ids, times, homes, places = [], [], [], []
+    for home, uri in enumerate(shards):
+        table = _read(storage, uri, ["image_id", "finished_at"])
+        ids.append(table["image_id"].to_numpy().astype("S32"))
+        times.append(table["finished_at"].cast(pa.int64()).to_numpy())
+        homes.append(np.full(len(table), home))
+        places.append(np.arange(len(table)))
+    if not shards:
+        return Latest([], [], 0, False)
+    image, time, home, place = map(np.concatenate, (ids, times, homes, places))
+    order = np.lexsort((home, time, image))
+    last = np.append(image[order][1:] != image[order][:-1], True) if len(order) else order
+    chosen = order[last.astype(bool)]
+    keep = [np.sort(place[chosen[home[chosen] == number]]) for number in range(len(shards))]
+    return Latest(shards, keep, len(chosen), bool(journal))
+
+
+def iter_rows(
+    storage: Storage, out: str, *, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yield tables that together hold the last row of every image once."""
+    latest = latest_rows(storage, out)
+    for uri, keep in zip(latest.shards, latest.keep, strict=True):
+        if len(keep):
+            yield _read(storage, uri, columns).take(keep)
+
+
+def publish(storage: Storage, out: str, *, run_id: str) -> int:
+    """Merge the journal into `reports/images/part-*.parquet`; return the number of images.
+
+    New parts are written before old ones go, and the journal goes last: after a crash in between,
+    the next run finds the journal and merges again.
+    """
+    latest = latest_rows(storage, out)
+    if not latest.has_journal:
+        return latest.rows
+    made: set[str] = set()
+    waiting: list[pa.Table] = []
+
+    def write(least: int) -> None:
+        while waiting and sum(map(len, waiting)) >= least:
+            table = pa.concat_tables(waiting)
+            uri = join(parts_root(out), f"part-{run_id}-{len(made):05d}.parquet")
+            storage.write(uri, _encode(table.slice(0, PART_ROWS)))
+            made.add(uri)
+            rest = table.slice(PART_ROWS)
+            waiting[:] = [rest] if len(rest) else []
+
+    for table in iter_rows(storage, out):
+        waiting.append(table)
+        write(PART_ROWS)
+    write(1)
+    for uri in latest.shards:
+        if uri not in made:
+            storage.delete(uri)
+    return latest.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What earlier runs on this OUT did: image id -> (fingerprint, config hash, failed)."""
+
+    images: dict[str, tuple[str, str, bool]]
+
+    @staticmethod
+    def load(storage: Storage, out: str) -> Done:
+        """Read the rows of earlier runs, finished or killed."""
+        columns = ["image_id", "source_fingerprint", "config_hash", "status"]
+        images = {}
+        for table in iter_rows(storage, out, columns=columns):
+            for row in zip(*(table[name].to_pylist() for name in columns), strict=True):
+                images[row[0]] = (row[1] or "", row[2] or "", row[3] == "failed")
+        return Done(images)

@@ -1,0 +1,195 @@
+"""The interface of a storage, and the values that go through it. Owns no file and no request."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from denoise_core.errors import StorageError, UsageError
+
+MAGIC = re.compile(r"[*?\[]")
+_BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_BAD_PART = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file or object: its URI, its '/'-separated path below the listed root (for a single file
+    its name), its size in bytes and its stamp (S3: the etag; local: the mtime in nanoseconds)."""
+
+    uri: str
+    path: str
+    size: int
+    stamp: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the content does, as far as that shows without reading it."""
+        return f"{self.size}-{self.stamp}"
+
+
+Found = Entry | tuple[str, StorageError]  # the tuple: what cannot be listed, and why
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """How to reach S3; safe to pickle, log and compare, because it cannot hold a credential.
+
+    `s3_endpoint` and `region` default to the usual AWS environment variables; `max_attempts` counts
+    the first try too; the waits between tries grow to 20 s at most; time-outs are in seconds.
+    """
+
+    s3_endpoint: str | None = None
+    region: str | None = None
+    max_attempts: int = 8
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise UsageError(f"max_attempts is {self.max_attempts}; expected at least 1")
+        if self.s3_endpoint is not None:
+            check_endpoint(self.s3_endpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which paths below a root are wanted; every path is relative to that root.
+
+    `pattern` is a glob, one component each ('*' stops at '/', '**' does not); what it matches may
+    be a folder, which stands for its files: all of them if `recursive`, else the direct ones. An
+    empty pattern matches the root itself. `include` and `exclude` are fnmatch patterns on the path
+    or on the name alone, where the case of the suffix ('.PNG') does not matter.
+    """
+
+    recursive: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    pattern: tuple[str, ...] = ()
+
+    def takes(self, path: str) -> bool:
+        """Whether the file at this path is wanted."""
+        if (self.pattern or not self.recursive) and not self._fits(self.pattern, path.split("/")):
+            return False
+        if self.include and not _matches_any(path, self.include):
+            return False
+        return not (self.exclude and _matches_any(path, self.exclude))
+
+    def enters(self, folder: str) -> bool:
+        """Whether files below this folder may be wanted."""
+        for depth, name in enumerate(folder.split("/")):
+            if depth == len(self.pattern):
+                return self.recursive
+            if self.pattern[depth] == "**":
+                return True
+            if not fnmatchcase(name, self.pattern[depth]):
+                return False
+        return True
+
+    def _fits(self, pattern: tuple[str, ...], names: Sequence[str]) -> bool:
+        if not pattern:
+            return self.recursive or len(names) <= 1
+        if pattern[0] == "**":
+            return any(self._fits(pattern[1:], names[skip:]) for skip in range(len(names) + 1))
+        return (
+            bool(names) and fnmatchcase(names[0], pattern[0]) and self._fits(pattern[1:], names[1:])
+        )
+
+
+class Storage(ABC):
+    """One backend. Every method takes whole URIs and raises only `StorageError` or `UsageError`."""
+
+    @abstractmethod
+    def walk(self, root: str, selection: Selection) -> Iterator[Found]:
+        """Stream the wanted files below a folder, or the one file that `root` is, in no set order.
+
+        Files and folders below the root whose name begins with '.' are skipped. What exists but
+        cannot be listed comes as a tuple; a missing root raises `ObjectNotFound`.
+        """
+
+    def list(self, root: str, *, recursive: bool = True) -> Iterator[Entry]:
+        """Stream the files below `root` as `walk` does, but raise what cannot be listed."""
+        for found in self.walk(root, Selection(recursive=recursive)):
+            if not isinstance(found, Entry):
+                raise found[1]
+            yield found
+
+    @abstractmethod
+    def stat(self, uri: str) -> Entry | None:
+        """Describe one file; None if there is none, or if it is a folder."""
+
+    @abstractmethod
+    def read(self, uri: str) -> bytes:
+        """Return all bytes of a file."""
+
+    @abstractmethod
+    def read_range(self, uri: str, start: int, length: int) -> bytes:
+        """Return bytes [start, start + length), fewer where the file ends earlier."""
+
+    @abstractmethod
+    def open(self, uri: str) -> BinaryIO:
+        """Open a file for reading with `seek`; S3 objects are fetched in cached blocks."""
+
+    @abstractmethod
+    def write(self, uri: str, data: bytes | memoryview) -> None:
+        """Publish bytes under a URI in one step, replacing what was there; folders are made."""
+
+    @abstractmethod
+    def upload(self, local_path: str | os.PathLike[str], uri: str) -> None:
+        """Publish a large local file in one step. The file stays, but may share its disk blocks
+        with the published one: delete it, do not change it."""
+
+    @abstractmethod
+    def create(self, uri: str, data: bytes) -> bool:
+        """Publish bytes only where nothing is yet; False if something is. Of several creators at
+        one time one gets True, if their bytes differ: put an id in."""
+
+    @abstractmethod
+    def delete(self, uri: str) -> None:
+        """Remove a file; one that is not there is fine."""
+
+
+def _matches_any(path: str, patterns: Sequence[str]) -> bool:
+    path = _with_lower_suffix(path)
+    name = path.rpartition("/")[2]
+    lowered = map(_with_lower_suffix, patterns)
+    return any(fnmatchcase(path, each) or fnmatchcase(name, each) for each in lowered)
+
+
+def _with_lower_suffix(path: str) -> str:
+    stem, dot, suffix = path.rpartition(".")
+    return f"{stem}{dot}{suffix.lower()}" if dot else path
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of this relative path begins with '.'."""
+    return path.startswith(".") or "/." in path
+
+
+def path_problem(path: str) -> str | None:
+    """Say why a relative path cannot be an output's name too; None where it can."""
+    if _BAD_CHARACTER.search(path):
+        return "it has control characters or is not UTF-8; rename it"
+    if _BAD_PART.search(path):
+        return "it has an empty, '.' or '..' part; expected a relative path"
+    return None
+
+
+def printable(text: str) -> str:
+    """Escape what cannot be printed in one line or stored as UTF-8."""
+    return _BAD_CHARACTER.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def check_endpoint(url: str) -> str:
+    """Return the URL of an S3 server, or raise `UsageError`."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in url or parts.query:
+        # Not quoted: people do write keys into such URLs.
+        raise UsageError("the S3 endpoint is not valid; expected http(s)://host[:port], no keys")
+    return url

@@ -1,0 +1,201 @@
+"""The work list: inputs minus finished work, as Parquet shards. Never decodes pixels.
+
+Planning streams: of each input only a hash of its output name and a count stay in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from denoise_core.config import DenoiseConfig
+from denoise_core.errors import DenoiseError, OutputConflict, StorageError, UsageError
+from denoise_core.images import output_name
+from denoise_core.results import Done
+from denoise_core.storage import Entry, Found, Storage, join
+
+SHARD_ROWS = 10_000
+OWN_NAMES = ("images", "reports", ".denoise", "report.html", "run.json", "_SUCCESS")
+
+WORK_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("path", pa.string()),
+        ("output_uri", pa.string()),
+        ("source_bytes", pa.int64()),
+        ("source_fingerprint", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """One image to denoise. `path` is relative to its INPUT."""
+
+    image_id: str
+    source_uri: str
+    path: str
+    output_uri: str
+    source_bytes: int
+    source_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An input that cannot even be planned; it becomes a failed row."""
+
+    item: WorkItem
+    error: DenoiseError
+
+
+@dataclass(slots=True)
+class Counts:
+    """What planning saw. `old_failures` are skipped images whose earlier row says `failed`."""
+
+    listed: int = 0
+    skipped: int = 0
+    old_failures: int = 0
+    to_do: int = 0
+    refused: int = 0
+    bytes_to_do: int = 0
+
+
+@dataclass(slots=True)
+class Planner:
+    """Compares what is listed with what is done. One use."""
+
+    config: DenoiseConfig
+    config_hash: str
+    done: Done
+    present: set[int] | None
+    counts: Counts = field(default_factory=Counts)
+    _outputs: set[int] = field(default_factory=set)
+
+    def plan(self, found: Iterable[Found]) -> Iterator[WorkItem | Refusal]:
+        """Yield what is to be done, in the order of listing."""
+        for item in found:
+            if isinstance(item, Entry) and is_own(self.config.output, item.uri):
+                continue
+            if self.config.limit is not None and self.counts.listed >= self.config.limit:
+                return
+            self.counts.listed += 1
+            planned = self._plan_one(item)
+            if isinstance(planned, Refusal):
+                self.counts.refused += 1
+            elif planned is not None:
+                self.counts.to_do += 1
+                self.counts.bytes_to_do += planned.source_bytes
+            if planned is not None:
+                yield planned
+
+    def _plan_one(self, found: Found) -> WorkItem | Refusal | None:
+        if not isinstance(found, Entry):
+            uri, error = found
+            if self._is_finished(image_id(uri), "", path=None):
+                return None
+            return Refusal(WorkItem(image_id(uri), uri, uri, "", 0, ""), error)
+        identity = image_id(found.uri)
+        try:
+            name = output_name(found.path, self.config.format)
+            output = join(self.config.output, "images", name)
+        except UsageError as error:
+            item = WorkItem(identity, found.uri, found.path, "", found.size, found.fingerprint)
+            return Refusal(item, error)
+        item = WorkItem(identity, found.uri, found.path, output, found.size, found.fingerprint)
+        key = _key(name)
+        conflict = key in self._outputs
+        self._outputs.add(key)
+        if self._is_finished(identity, found.fingerprint, path=name):
+            return None
+        if conflict:
+            text = (
+                f"{found.uri}: another input also maps to {output}; name the inputs by their "
+                "common parent folder, or run them to two outputs."
+            )
+            return Refusal(item, OutputConflict(text))
+        return item
+
+    def _is_finished(self, identity: str, fingerprint: str, *, path: str | None) -> bool:
+        before = self.done.images.get(identity)
+        if self.config.retry_failed:
+            again = before is not None and before[2]
+            self.counts.skipped += not again
+            return not again
+        if before is None or self.config.existing == "overwrite":
+            return False
+        old_fingerprint, old_hash, failed = before
+        if (old_fingerprint, old_hash) != (fingerprint, self.config_hash):
+            return False
+        if not failed and self.present is not None and path is not None:
+            if _key(path) not in self.present:
+                return False
+        self.counts.skipped += 1
+        self.counts.old_failures += failed
+        return True
+
+
+def image_id(uri: str) -> str:
+    """Return the identity of an image: 32 hex digits of its URI's SHA-256."""
+    return hashlib.sha256(uri.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _key(path: str) -> int:
+    # 62 bits: two of a million names meet by chance once in ten million runs.
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def is_own(out: str, uri: str) -> bool:
+    """Return whether `uri` is one of the files that a run on `out` makes itself."""
+    if not uri.startswith("s3://") and not out.startswith("s3://"):
+        uri, out = posixpath.abspath(uri), posixpath.abspath(out)
+    return any(
+        uri == (own := join(out, name)) or uri.startswith(own + "/") for name in OWN_NAMES
+    )
+
+
+def outputs_present(storage: Storage, out: str) -> set[int]:
+    """Return the keys of the files that lie under OUT/images."""
+    try:
+        return {_key(entry.path) for entry in storage.list(join(out, "images"))}
+    except StorageError:
+        return set()
+
+
+def write_shards(
+    storage: Storage, out: str, items: Iterable[WorkItem | Refusal], *, run_id: str
+) -> Iterator[tuple[str | None, list[Refusal]]]:
+    """Write the work list to `OUT/.denoise/work/`, SHARD_ROWS images a file.
+
+    Yields (shard URI, refusals met on the way) as it goes, the URI None where only refusals came.
+    """
+    rows: list[WorkItem] = []
+    refusals: list[Refusal] = []
+    count = 0
+    for item in items:
+        (refusals if isinstance(item, Refusal) else rows).append(item)  # type: ignore[arg-type]
+        if len(rows) == SHARD_ROWS or len(refusals) == SHARD_ROWS:
+            yield _write_shard(storage, out, rows, f"{run_id}-{count:05d}"), refusals
+            rows, refusals, count = [], [], count + 1
+    yield _write_shard(storage, out, rows, f"{run_id}-{count:05d}"), refusals
+
+
+def _write_shard(storage: Storage, out: str, rows: list[WorkItem], name: str) -> str | None:
+    if not rows:
+        return None
+    columns = {f: [getattr(row, f) for row in rows] for f in WORK_SCHEMA.names}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=WORK_SCHEMA), sink, compression="zstd")
+    uri = join(out, ".denoise", "work", f"{name}.parquet")
+    storage.write(uri, memoryview(sink.getvalue()))
+    return uri
+
+
+def read_shard(storage: Storage, uri: str) -> pa.Table:
+    """Read one shard of the work list."""
+    return pq.read_table(pa.BufferReader(storage.read(uri)))

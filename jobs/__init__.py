@@ -1,0 +1,1 @@
+"""One module for each job, run with `python -m jobs.NAME`."""

@@ -1,0 +1,137 @@
+"""Makes a command line from a settings class, and turns errors into sentences and exit codes.
+
+Precedence: flag > environment (DENOISE_OUTPUT, ...) > configuration file > default.
+Exit codes: 0 done, 1 the run failed, 2 wrong usage; a job may return others itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from denoise_core.config import check_keys, nearest
+from denoise_core.errors import DenoiseError, UsageError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+class SettingsCommand(click.Command):
+    """A command whose unknown flags name the nearest known one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, adding a suggestion to the error about an unknown flag."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            known = [name for p in self.params for name in (*p.opts, *p.secondary_opts)]
+            hint = "" if error.possibilities else nearest(error.option_name, known)
+            error.message += hint
+            raise
+
+
+def settings_command(
+    settings: type, run: Callable[[Any], int], *, name: str, help: str
+) -> click.Command:
+    """Return a command that makes `settings` from its flags and calls `run(settings)`."""
+    hints = typing.get_type_hints(settings)
+    params: list[click.Parameter] = [
+        _parameter(f, hints[f.name]) for f in dataclasses.fields(settings)
+    ]
+    params.append(
+        click.Option(
+            ["--config", "config_file"],
+            metavar="FILE.toml",
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config(settings),
+            help="Settings from a TOML file.",
+        )
+    )
+
+    def callback(**values: Any) -> None:
+        sys.exit(_guarded(lambda: run(settings(**values))))
+
+    return SettingsCommand(
+        name,
+        params=params,
+        callback=callback,
+        help=help,
+        context_settings={"auto_envvar_prefix": "DENOISE", "max_content_width": 100},
+    )
+
+
+def _guarded(body: Callable[[], int]) -> int:
+    try:
+        return body()
+    except UsageError as error:
+        click.echo(f"Error: {error}", err=True)
+        return EXIT_USAGE
+    except DenoiseError as error:
+        click.echo(f"Error: {error}", err=True)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        return 130
+
+
+def _read_config(settings: type) -> Callable[[click.Context, click.Parameter, str | None], None]:
+    def callback(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is None:
+            return
+        try:
+            table = tomllib.loads(Path(value).read_text())
+            check_keys(table, settings, source=value)
+        except OSError as error:
+            raise click.UsageError(f"--config {value}: cannot be read ({error.strerror}).") from error
+        except tomllib.TOMLDecodeError as error:
+            raise click.UsageError(f"--config {value}: is not valid TOML ({error}).") from error
+        except UsageError as error:
+            raise click.UsageError(str(error)) from error
+        ctx.default_map = {key.replace("-", "_"): item for key, item in table.items()}
+
+    return callback
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> click.Parameter:
+    meta = field.metadata
+    if meta["positional"]:
+        return click.Argument([field.name], nargs=-1, metavar=meta["metavar"], required=False)
+    flag = "--" + field.name.replace("_", "-")
+    plain = _plain_type(hint)
+    options: dict[str, Any] = {"help": meta["help"], "show_default": True}
+    if plain is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif meta["choices"]:
+        options["type"] = click.Choice(meta["choices"])
+    elif plain is tuple:
+        options["multiple"] = True
+    else:
+        options["type"] = plain
+    if meta["metavar"] and plain is not bool:
+        options["metavar"] = meta["metavar"]
+    if field.default is dataclasses.MISSING:
+        options["required"] = True
+    elif plain is not tuple:
+        options["default"] = field.default
+    return click.Option([flag, field.name], **options)
+
+
+def _plain_type(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    return typing.get_origin(hint) or hint
+
+
+def quiet_ray() -> None:
+    """Keep Ray's own messages to warnings: the job prints its own progress."""
+    logging.getLogger("ray").setLevel(logging.WARNING)

