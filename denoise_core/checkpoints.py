@@ -66,7 +66,9 @@ class Checkpoint:
         try:
             model.set_weights(self.weights())
         except ValueError as error:
-            raise CheckpointError(f"{self.weights_path}: does not fit its card ({error}).") from error
+            raise CheckpointError(
+                f"{self.weights_path}: does not fit its card ({error})."
+            ) from error
         return model
 
 

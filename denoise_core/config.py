@@ -188,16 +188,16 @@ class DenoiseConfig:
     s3_endpoint: str | None = setting(None, "URL of an S3-compatible server.", metavar="URL")
 
     def __post_init__(self) -> None:
-        require(len(self.inputs) > 0, "No INPUT given: name a file, a folder or s3://bucket/prefix.")
+        require(
+            len(self.inputs) > 0, "No INPUT given: name a file, a folder or s3://bucket/prefix."
+        )
         require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
         parse_auto_int(self.patch, name="patch", words=("auto",), low=32)
         parse_auto_int(self.halo, name="halo", words=("auto", "exact"), low=0)
         parse_auto_int(self.batch_size, name="batch-size", words=("auto",), low=1)
         parse_data_range(self.data_range)
         parse_actors(self.actors)
-        require(
-            0.0 <= self.strength <= 1.0, f"--strength {self.strength}: expected 0.0 to 1.0."
-        )
+        require(0.0 <= self.strength <= 1.0, f"--strength {self.strength}: expected 0.0 to 1.0.")
         require(
             0.0 <= self.max_error_rate <= 1.0,
             f"--max-error-rate {self.max_error_rate}: expected 0.0 to 1.0.",

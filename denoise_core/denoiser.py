@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core.checkpoints import Checkpoint
-from denoise_core.config import UsageError
+from denoise_core.errors import UsageError
 from denoise_core.patches import Cut, batches, core_of, cut, stack
 from denoise_core.tiling import Region, regions
 
@@ -120,6 +120,11 @@ class Denoiser:
         shape = tf.TensorSpec((None, None, None, self._channels), tf.float32)
         self._model = tf.function(lambda x: model(x, training=False), input_signature=[shape])
         self._constant = tf.constant
+
+    def warm_up(self) -> None:
+        """Trace and run the model once, so that the first image does not wait for it."""
+        side = 4 * self.geometry.stride
+        self.predict(np.zeros((1, side, side, self._channels), np.float32))
 
     def predict(self, batch: Array) -> Array:
         """Run the bare model on (N, h, w, C) float32; h and w are multiples of its stride."""

@@ -29,9 +29,7 @@ class Cut:
     plane: int | None
 
 
-def cut(
-    pixels: Array, patch: Patch, *, origin: tuple[int, int], low: float, high: float
-) -> Array:
+def cut(pixels: Array, patch: Patch, *, origin: tuple[int, int], low: float, high: float) -> Array:
     """Return the patch's window as float32 (h, w, C), mirrored where it leaves the image.
 
     `pixels` is (H, W, C) of any real dtype with its first pixel at `origin` of the image.

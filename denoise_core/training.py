@@ -94,7 +94,9 @@ class Trainer:
 
         self.config, self.preset, self.images, self.rank = config, preset, images, rank
         self.progress = Progress()
-        self.sampler = CropSampler(images.training, parse_noise(config.noise), config.grey, config.seed)
+        self.sampler = CropSampler(
+            images.training, parse_noise(config.noise), config.grey, config.seed
+        )
         for stage in preset.stages:
             images.check_crop(stage.crop)
         if config.workers > 1:

@@ -142,7 +142,9 @@ class CropSampler:
         return np.stack(noisy), np.stack(clean)
 
 
-def prefetch(batches: Iterator[tuple[Array, Array]], *, depth: int = 4) -> Iterator[tuple[Array, Array]]:
+def prefetch(
+    batches: Iterator[tuple[Array, Array]], *, depth: int = 4
+) -> Iterator[tuple[Array, Array]]:
     """Run an iterator in a thread, `depth` items ahead."""
     ready: queue.Queue[tuple[Array, Array] | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()

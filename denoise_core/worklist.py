@@ -154,9 +154,7 @@ def is_own(out: str, uri: str) -> bool:
     """Return whether `uri` is one of the files that a run on `out` makes itself."""
     if not uri.startswith("s3://") and not out.startswith("s3://"):
         uri, out = posixpath.abspath(uri), posixpath.abspath(out)
-    return any(
-        uri == (own := join(out, name)) or uri.startswith(own + "/") for name in OWN_NAMES
-    )
+    return any(uri == (own := join(out, name)) or uri.startswith(own + "/") for name in OWN_NAMES)
 
 
 def outputs_present(storage: Storage, out: str) -> set[int]:

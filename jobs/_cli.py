@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 the run failed, 2 wrong usage; a job may return others its
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 import tomllib
 import types
@@ -92,7 +91,9 @@ def _read_config(settings: type) -> Callable[[click.Context, click.Parameter, st
             table = tomllib.loads(Path(value).read_text())
             check_keys(table, settings, source=value)
         except OSError as error:
-            raise click.UsageError(f"--config {value}: cannot be read ({error.strerror}).") from error
+            raise click.UsageError(
+                f"--config {value}: cannot be read ({error.strerror})."
+            ) from error
         except tomllib.TOMLDecodeError as error:
             raise click.UsageError(f"--config {value}: is not valid TOML ({error}).") from error
         except UsageError as error:
@@ -130,8 +131,3 @@ def _plain_type(hint: Any) -> type:
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
     return typing.get_origin(hint) or hint
-
-
-def quiet_ray() -> None:
-    """Keep Ray's own messages to warnings: the job prints its own progress."""
-    logging.getLogger("ray").setLevel(logging.WARNING)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from denoise_core.config import TrainConfig
-from jobs._cli import quiet_ray, settings_command
+from jobs._cli import settings_command
+from jobs._ray import start_ray
 
 
 def run(config: TrainConfig) -> int:
     """Train by `config` and print a line for each report. Returns the exit code."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
+    start_ray()
     from denoise_core.pipelines.train import run_training
 
-    quiet_ray()
-    ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     best = run_training(config, show=_show)
     click.echo(f"Done. Use it with: python -m jobs.denoise INPUT --output OUT --model {best}")
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import imagecodecs
@@ -677,6 +679,51 @@ def test_bombs_are_refused_by_their_header(make: object) -> None:
     for call in (read_header, decode):
         with pytest.raises(ImageTooLarge, match="read in windows"):
             call(data, name="bomb")
+
+
+def test_a_windowed_tiff_may_be_larger_than_memory() -> None:
+    data = save_tiff(random_array((64, 64), "uint8"), tile=(16, 16))
+    assert read_header(data, name="x", max_pixels=100).windowed
+    with pytest.raises(ImageTooLarge):
+        decode(data, name="x", max_pixels=100)
+
+
+def test_a_tile_much_larger_than_its_image_is_refused() -> None:
+    data = bytearray(save_tiff(random_array((64, 64), "uint8"), tile=(16, 16)))
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        places = [tif.pages[0].tags[code].valueoffset for code in (322, 323)]
+    for at in places:
+        data[at : at + 4] = struct.pack("<I", 60_000)
+    with pytest.raises(ImageTooLarge, match="60000x60000"):
+        read_header(bytes(data), name="x")
+
+
+def test_damaged_resolution_is_left_out() -> None:
+    data = bytearray(save_tiff(smooth(1)[..., 0], resolution=(300, 300)))
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        at = tif.pages[0].tags[282].valueoffset
+    data[at : at + 8] = bytes(8)
+    image = decode(bytes(data), name="x")
+    assert image.metadata.dpi is None
+    again(bytes(data))
+
+
+def test_dpi_from_exif_rationals() -> None:
+    exif = Image.Exif()
+    exif.update({282: 72.0, 283: 72.0, 296: 2})
+    data = save(smooth(3), "jpeg", exif=exif)
+    jfif = 4 + struct.unpack(">H", data[4:6])[0]
+    out, _ = again(data[:2] + data[jfif:])
+    assert decode(out, name="x").metadata.dpi == (72.0, 72.0)
+
+
+def test_import_needs_no_codec() -> None:
+    code = (
+        "import sys, denoise_core.images; "
+        "print([m for m in ('PIL', 'tifffile', 'imagecodecs', 'zarr') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_content_decides_the_format() -> None:

@@ -179,7 +179,10 @@ def test_damaged_part_is_named(tmp_path: Path) -> None:
         build_report(str(tmp_path))
 
 
-def test_rows_are_taken_by_number_across_parts_and_row_groups(tmp_path: Path) -> None:
+def test_rows_are_taken_by_number_across_parts_groups_and_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("denoise_core.report.rows.BATCH_ROWS", 7)
     write(tmp_path, [row(f"a{i}.png") for i in range(120)])
     write(tmp_path, [row(f"b{i}.png") for i in range(60)], part=1)
     table = Table(str(tmp_path), None)

@@ -13,6 +13,7 @@ import socket
 import stat
 import tempfile
 import threading
+import tracemalloc
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,7 @@ ODD_NAMES = (
     "grüße-日本.png",
     "a#b?c=d.png",
     "100%25 + more.png",
-    "<b>bold</b>.png".replace("/", "_"),
+    "<b>bold<_b>.png",
     "quote'\"&.png",
 )
 QUICK = StorageOptions(max_attempts=1, connect_timeout_s=2, read_timeout_s=10)
@@ -142,7 +143,7 @@ class StorageContract:
             lambda: list(storage.list(missing)),
         ]
         for call in calls:
-            with pytest.raises(ObjectNotFound, match="missing.png: there is no such") as caught:
+            with pytest.raises(ObjectNotFound, match=r"missing\.png: there is no such") as caught:
                 call()
             assert_one_sentence(caught.value)
 
@@ -187,7 +188,7 @@ class StorageContract:
         source.unlink()
         assert storage.read(join(root, "sub/large.bin")) == b"abc" * 100_000
         assert self.paths(storage.list(root)) == {"sub/large.bin"}
-        with pytest.raises(ObjectNotFound, match="large source.bin"):
+        with pytest.raises(ObjectNotFound, match=r"large source\.bin"):
             storage.upload(source, join(root, "again.bin"))
         assert storage.stat(join(root, "again.bin")) is None
 
@@ -253,7 +254,7 @@ class StorageContract:
     def test_expand_of_nothing(self, storage: Storage, root: str) -> None:
         self.fill(storage, root, "a.png")
         for text in ("nothing", "*.jpg", "no?/*.png"):
-            with pytest.raises(ObjectNotFound, match="there is no such|no file matches") as caught:
+            with pytest.raises(ObjectNotFound, match=r"there is no such|no file matches") as caught:
                 list(expand([join(root, text)], QUICK))
             assert_one_sentence(caught.value)
 
@@ -367,9 +368,8 @@ class TestLocal(StorageContract):
         found = list(expand([root], recursive=True))
         assert {each.path for each in found if isinstance(each, Entry)} == {"a.png", "linked/x.png"}
         problems = dict(each for each in found if not isinstance(each, Entry))
-        assert {
-            os.path.basename(uri): str(error).split(": ")[1] for uri, error in problems.items()
-        } == {
+        reasons = {os.path.basename(uri): str(why).split(": ")[1] for uri, why in problems.items()}
+        assert reasons == {
             "self": "is a symbolic link that leads back to itself",
             "gone.png": "is a link to something that is not there",
             "pipe": "is a pipe, socket or device; expected a file",
@@ -407,10 +407,12 @@ class TestLocal(StorageContract):
     def test_many_names_stream(self, root: str) -> None:
         for number in range(20_000):
             os.close(os.open(f"{root}/{number}", os.O_CREAT))
-        listing = LocalStorage().walk(root, Selection())
-        assert isinstance(next(listing), Entry)
-        (Path(root) / "later").mkdir()  # is in the listing only if that had not read all names yet
-        assert sum(1 for _ in listing) == 19_999
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in LocalStorage().walk(root, Selection())) == 20_000
+            assert tracemalloc.get_traced_memory()[1] < 500_000  # 25 bytes for each name
+        finally:
+            tracemalloc.stop()
 
     def test_globs_enter_only_what_may_match(self, root: str) -> None:
         for path in ("in/a.png", "out/b.png", "in/deep/c.png"):
@@ -659,22 +661,8 @@ def test_join() -> None:
     assert join("s3://bucket", "a.png") == "s3://bucket/a.png"
     assert join("/", "a") == "/a"
     assert join("out", "..a/b..") == "out/..a/b.."
-    bad = (
-        "..",
-        "../a",
-        "a/../b",
-        "a/..",
-        "/a",
-        "a//b",
-        "",
-        ".",
-        "./a",
-        "a/",
-        "a\nb",
-        "\x00",
-        "\udce9",
-    )
-    for part in bad:
+    leaving = ("..", "../a", "a/../b", "a/..", "/a", "a//b", "", ".", "./a", "a/")
+    for part in (*leaving, "a\nb", "\x00", "\udce9"):
         with pytest.raises(UsageError, match="cannot be put below /out"):
             join("/out", part)
 

@@ -63,7 +63,7 @@ def test_small_images_are_not_cut_nor_padded_beyond_the_stride():
     assert (tile.start, tile.stop, tile.first, tile.last) == (0, 481, 0, 488)
 
 
-@pytest.mark.parametrize("bad", [dict(length=0), dict(core=0), dict(halo=-1)])
+@pytest.mark.parametrize("bad", [{"length": 0}, {"core": 0}, {"halo": -1}])
 def test_impossible_sizes_are_refused(bad):
     with pytest.raises(ValueError, match="must be positive"):
         split(**{"length": 10, "core": 32, "halo": 8, "stride": 8, **bad})

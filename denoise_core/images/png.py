@@ -134,7 +134,7 @@ def _read_chunks(data: bytes, *, name: str) -> tuple[list[Chunk], bytes]:
     which is cut short, for a good one.
     """
     chunks: list[Chunk] = []
-    critical = [SIGNATURE]
+    critical: list[bytes | memoryview] = [SIGNATURE]
     file = io.BytesIO(data)
     view = memoryview(data)
     for kind, length in _walk(file, name=name):

@@ -39,7 +39,9 @@ def run_training(config: TrainConfig, *, show: Callable[[dict[str, Any]], None])
     output = Path(config.output).absolute()
     storage = output / "ray"
     if storage.exists() and not config.resume:
-        raise UsageError(f"--output {output} holds a training: go on with --resume or name another.")
+        raise UsageError(
+            f"--output {output} holds a training: go on with --resume or name another."
+        )
     output.mkdir(parents=True, exist_ok=True)
     (output / "train.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
     # Under load a group start took 52 s against the default limit of 60.
@@ -81,7 +83,9 @@ class _Reports(ray.train.UserCallback):  # type: ignore[misc]
     def __init__(self, show: Callable[[dict[str, Any]], None]) -> None:
         self.show = show
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         self.show(metrics[0])
 
 

@@ -2,7 +2,8 @@
 
 `build_report(OUT)` is all there is to call; `python -m jobs.report OUT` calls it. The numbers of
 all rows are read as columns, and only the few rows that the page shows become Python objects: a
-million rows took 9 s and 630 MB. The page needs no network: style, script, charts and crops are in it.
+million rows took 710 MB at most. The page needs no network: style, script, charts and crops are
+in it.
 """
 
 from __future__ import annotations

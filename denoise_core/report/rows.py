@@ -22,6 +22,7 @@ from denoise_core.results import SCHEMA, SCHEMA_VERSION
 from denoise_core.storage import StorageOptions, join, storage_for
 
 SHOWN_IMAGES = 1000
+BATCH_ROWS = 65_536
 Floats = NDArray[np.float64]
 
 STATUSES = ("ok", "copied", "failed")
@@ -66,12 +67,12 @@ class Table:
         )
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """All rows in order, up to 65,536 at a time; a column that a part lacks is null."""
+        """All rows in order, up to BATCH_ROWS at a time; a column that a part lacks is null."""
         for uri in self.parts:
             with self._storage.open(uri) as file:
                 parquet = _parquet(file, uri)
                 present = [name for name in columns if name in parquet.schema_arrow.names]
-                for batch in parquet.iter_batches(batch_size=65536, columns=present):
+                for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=present):
                     yield _complete(pa.Table.from_batches([batch]), columns)
 
     def take(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -85,11 +86,23 @@ class Table:
                     size = parquet.metadata.row_group(group).num_rows
                     inside = rows[(rows >= start) & (rows < start + size)]
                     if inside.size:
-                        some = _complete(parquet.read_row_group(group), SCHEMA.names)
-                        picked = some.take(pa.array(inside - start)).to_pylist()
-                        found.update(zip(inside.tolist(), picked, strict=True))
+                        found.update(_rows_of_group(parquet, group, inside - start, start=start))
                     start += size
         return [found[row] for row in rows.tolist()]
+
+
+def _rows_of_group(
+    parquet: pq.ParquetFile, group: int, rows: NDArray[np.int64], *, start: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """By batches: one group may hold a million rows, of which a few are wanted."""
+    first = 0
+    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
+        inside = rows[(rows >= first) & (rows < first + len(batch))]
+        if inside.size:
+            some = pa.Table.from_batches([batch]).take(pa.array(inside - first))
+            picked = _complete(some, SCHEMA.names).to_pylist()
+            yield from zip((inside + start).tolist(), picked, strict=True)
+        first += len(batch)
 
 
 def _parquet(file: Any, uri: str) -> pq.ParquetFile:

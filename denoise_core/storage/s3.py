@@ -179,7 +179,7 @@ class S3Storage(Storage):
         wanted = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
         if etag:
             wanted["IfMatch"] = f'"{etag}"'
-        with self._s3(uri) as client, suppress(_RangeBeyondEndError):
+        with suppress(_RangeBeyondEndError), self._s3(uri) as client:
             return _get_whole(client, self.options.max_attempts, Bucket=bucket, Key=key, **wanted)
         return b""
 

@@ -1,0 +1,42 @@
+"""Denoise images in bulk: `python -m jobs.denoise INPUT... --output OUT`.
+
+Exit codes: 0 done within the error budget, 1 the run failed, 2 wrong usage, 3 finished with more
+failed images than --max-error-rate allows.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import click
+
+from denoise_core.config import DenoiseConfig
+from jobs._cli import settings_command
+from jobs._ray import start_ray
+
+EXIT_OVER_BUDGET = 3
+
+
+def run(config: DenoiseConfig) -> int:
+    """Denoise by `config`, show progress, print where to look. Returns the exit code."""
+    from jobs._progress import display, print_outcome
+
+    # `ray job stop` and schedulers send SIGTERM: end as on Ctrl-C, with rows and lock in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start_ray()
+    from denoise_core.pipelines.denoise import run_denoising
+    from denoise_core.report import build_report
+    from denoise_core.storage import StorageOptions
+
+    with display(config.progress) as watcher:
+        outcome = run_denoising(config, watcher=watcher)
+        if not outcome.dry_run:
+            build_report(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
+    print_outcome(outcome, config)
+    return 0 if outcome.within_budget else EXIT_OVER_BUDGET
+
+
+main: click.Command = settings_command(DenoiseConfig, run, name="jobs.denoise", help=str(__doc__))
+
+if __name__ == "__main__":
+    main()
