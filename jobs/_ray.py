@@ -10,8 +10,8 @@ def start_ray() -> None:
     """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone."""
     # Ray 2.60 shows all GPUs to workers that asked for none unless told otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    # A worker that reads or writes needs few threads; TensorFlow's are set by the actor.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Ray's C++ core prints warnings about its own internals to the terminal.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -24,5 +24,3 @@ def start_ray() -> None:
         logging_level=logging.ERROR,
         include_dashboard=False if local else None,
     )
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,6 +11,8 @@ import pickle
 import random
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 import tracemalloc
@@ -321,6 +323,16 @@ class TestLocal(StorageContract):
         assert os.listdir(root) == ["a.png"]
         assert storage.read(join(root, "a.png")) == b"old"
 
+    def test_a_killed_write_leaves_nothing(self, root: str) -> None:
+        code = (
+            "import os, sys; from denoise_core.storage import LocalStorage\n"
+            "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+            "LocalStorage().write(sys.argv[1], bytes(100_000))"
+        )
+        done = subprocess.run([sys.executable, "-c", code, f"{root}/a.png"], check=False)
+        assert done.returncode == -9
+        assert os.listdir(root) == []
+
     def test_without_nameless_files(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(local_module.os, "O_TMPFILE")
         LocalStorage().write(join(root, "a"), b"x")
@@ -425,7 +437,14 @@ class TestLocal(StorageContract):
         LocalStorage().write("a b.png", b"x")
         uri = f"{root}/a b.png"
         as_uri = Path(uri).as_uri()
-        for text in ("a b.png", ".", "*.png", as_uri, Path(root).as_uri(), f"{root}/../*1/*.png"):
+        for text in (
+            "a b.png",
+            ".",
+            "*.png",
+            as_uri,
+            Path(root).as_uri(),
+            f"file://{root}/../*1/*.png",
+        ):
             (entry,) = entries(expand([text]))
             assert os.path.samefile(entry.uri, uri)
             assert os.path.isabs(entry.uri)
@@ -680,9 +699,6 @@ def test_options_are_checked() -> None:
 
 
 def test_import_is_light() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, denoise_core.storage; print('boto3' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -7,6 +7,7 @@ never imports TensorFlow.
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
 import uuid
@@ -367,7 +368,9 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float]) -> Resour
     """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
 
     On CPUs the actors ask for half of the cores in total, so that reading and writing never
-    starve (ray#44687), while their threads cover all of them.
+    starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
+    request unequal to a task's: Ray Data fuses equal neighbours, and decoding would wait for the
+    model.
     """
     cpus, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
     wanted = parse_actors(config.actors)
@@ -381,7 +384,7 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float]) -> Resour
         return Resources(wanted or (1, max(1, int(gpus / share))), 1.0, share, None)
     count = wanted or ((min(cpus, 2),) * 2 if cpus <= 4 else (cpus // 4,) * 2)
     threads = max(1, cpus // count[1])
-    return Resources(count, max(0.01, round(0.5 * cpus / count[1], 2)), 0.0, threads)
+    return Resources(count, max(0.01, round(0.5 * cpus / count[1], 2) - 0.01), 0.0, threads)
 
 
 def build_dataset(
@@ -392,12 +395,15 @@ def build_dataset(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
+    context.execution_no_progress_timeout_s = int(NO_PROGRESS_S + job.config.timeout_per_image)
     config = job.config
     resources = choose_resources(config, ray.cluster_resources())
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
     together = max(1, min(together, images // (4 * resources.actors[1]) or 1))
-    task = {"num_cpus": 0.5, "max_retries": 100}
+    task = {"num_cpus": 0.5}
     dataset = ray.data.from_items(
         [{"shard": uri} for uri in shards], override_num_blocks=len(shards)
     )
@@ -421,8 +427,6 @@ def build_dataset(
         batch_size=max(together, 1),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
-        max_restarts=1000,
-        max_task_retries=1000,
         compute=ray.data.ActorPoolStrategy(
             min_size=resources.actors[0], max_size=resources.actors[1]
         ),

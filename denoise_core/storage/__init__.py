@@ -84,8 +84,8 @@ def expand(
     that cannot be listed; an INPUT that stands for nothing at all raises `ObjectNotFound`.
     """
     selection = Selection(recursive=recursive, include=tuple(include), exclude=tuple(exclude))
-    for uri in inputs:
-        storage = storage_for(uri, options)
+    for text in inputs:
+        storage, uri = storage_for(text, options), to_path(text)
         try:
             yield from storage.walk(uri, selection)
             continue
@@ -97,8 +97,6 @@ def expand(
 
 def _walk_glob(storage: Storage, uri: str, selection: Selection) -> Iterator[Found]:
     root, slash, _ = MAGIC.split(uri, maxsplit=1)[0].rpartition("/")
-    if root in ("s3:/", "file:/"):
-        raise UsageError(f"{uri}: a bucket cannot be a pattern; expected s3://bucket/pattern")
     pattern = tuple(uri[len(root + slash) :].strip("/").split("/"))
     nothing = True
     for found in storage.walk(root or slash or ".", replace(selection, pattern=pattern)):

@@ -264,6 +264,8 @@ def _split_s3(uri: str, *, key_needed: bool = False) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or (key_needed and not key):
         raise UsageError(f"{uri}: expected s3://bucket/key")
+    if MAGIC.search(bucket):
+        raise UsageError(f"{uri}: a bucket cannot be a pattern; expected s3://bucket/pattern")
     return bucket, key
 
 

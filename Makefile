@@ -1,0 +1,33 @@
+# `make install` once; then `make demo`, `make test`, `make check`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check lock clean
+
+# pip compiles to bytecode as it installs: without that every start is ten seconds slower.
+install: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install
+	$(BIN)/python -m jobs.demo --output demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Newest versions within pyproject.toml's bounds, with hashes, for Linux and Python 3.11.
+lock:
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra benchmark --generate-hashes \
+	    --no-emit-index-url --no-header --python-version 3.11 --universal -o requirements.lock
+
+clean:
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
