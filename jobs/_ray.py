@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def start_ray() -> None:
     """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone."""
     # Ray 2.60 shows all GPUs to workers that asked for none unless told otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    # Ray's C++ core prints warnings about its own internals to the terminal.
+    # Ray's C++ core writes warnings about its own internals to stderr, as TensorFlow's does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     local = None if os.environ.get("RAY_ADDRESS") else "local"
-    ray.init(
-        address=local,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        include_dashboard=False if local else None,
-    )
+    with _silent_stderr():
+        ray.init(
+            address=local,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False if local else None,
+        )
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send the process's stderr to nowhere: the log level itself is logged, at any level.
+
+    Errors of the body are Python exceptions, so none is lost.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

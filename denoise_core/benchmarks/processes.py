@@ -1,0 +1,226 @@
+"""Starts `python -m jobs.denoise` as a user would, and watches the memory and time of all of it.
+
+Memory of a process is told three ways. RSS counts every page that is mapped, so each worker that
+touched an image in Ray's object store counts it again. PSS divides such pages by those who share
+them. USS is what would be free if the process ended: memory of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from denoise_core import results
+from denoise_core.errors import RunFailed, UsageError
+from denoise_core.storage import LocalStorage
+
+KINDS = (
+    ("driver", "driver (jobs.denoise)"),
+    ("MapWorker", "denoise actor"),
+    ("Map", "task worker (read, write)"),
+    ("ReadRange", "task worker (read, write)"),
+    ("assemble_image", "task worker (read, write)"),
+    ("ray::IDLE", "idle worker"),
+    ("ray::Ledger", "small actors of the job"),
+    ("raylet/raylet", "raylet and object store"),
+    ("gcs_server", "Ray services"),
+)
+"""Part of a process's title -> kind; the first that fits, else Ray's own services."""
+
+IDLE = "idle worker"
+OTHER = "Ray services"
+ROW_COLUMNS = (
+    "source_uri", "status", "width", "height", "regions", "read_ms", "denoise_ms", "write_ms",
+    "device", "finished_at",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Process:
+    """One process as it was seen: its kind, CPU seconds, and peaks of memory in bytes.
+
+    `peak_title` is the process's title when its USS was largest: Ray names the running task there.
+    """
+
+    pid: int
+    kind: str
+    cpu_s: float = 0.0
+    rss: int = 0
+    uss: int = 0
+    pss: int = 0
+    shared: int = 0
+    peak_title: str = ""
+
+
+@dataclass(slots=True)
+class Watched:
+    """All processes of one run, and the peak of the sum of their PSS: what the machine must have.
+
+    `gap_s` is the mean time between two samples.
+    """
+
+    processes: dict[int, Process] = field(default_factory=dict)
+    together: int = 0
+    gap_s: float = 0.0
+
+    def kinds(self) -> dict[str, list[Process]]:
+        """Group the processes, kinds in the order of their first process."""
+        groups: dict[str, list[Process]] = {}
+        for process in self.processes.values():
+            groups.setdefault(process.kind, []).append(process)
+        return groups
+
+
+def kind_of(title: str) -> str:
+    """Return the kind of a process by its title."""
+    return next((kind for part, kind in KINDS if part in title), OTHER)
+
+
+class Sampler:
+    """Samples a process and its descendants from a thread, between `start` and `stop`."""
+
+    def __init__(self, pid: int, *, every_s: float, memory: bool) -> None:
+        self.root, self.every_s, self.memory = _psutil().Process(pid), every_s, memory
+        self.watched = Watched()
+        self._handles: dict[int, Any] = {}
+        self._samples = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> Watched:
+        """End; return what was seen."""
+        self._ended.set()
+        self._thread.join()
+        return self.watched
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        while not self._ended.wait(self.every_s):
+            self._sample()
+            self._samples += 1
+            self.watched.gap_s = (time.monotonic() - started) / self._samples
+
+    def _sample(self) -> None:
+        psutil = _psutil()
+        together = 0
+        with contextlib.suppress(psutil.Error):
+            for handle in (self.root, *self.root.children(recursive=True)):
+                # The same object each time: psutil checks that the pid is still that process.
+                handle = self._handles.setdefault(handle.pid, handle)
+                with contextlib.suppress(psutil.Error, OSError):
+                    together += self._look(handle)
+        self.watched.together = max(self.watched.together, together)
+
+    def _look(self, handle: Any) -> int:
+        title = "driver" if handle.pid == self.root.pid else " ".join(handle.cmdline())
+        kind = kind_of(title)
+        seen = self.watched.processes.setdefault(handle.pid, Process(handle.pid, kind))
+        if kind != IDLE:
+            seen.kind = kind
+        times = handle.cpu_times()
+        seen.cpu_s = times.user + times.system
+        if not self.memory:
+            return 0
+        now = handle.memory_full_info()
+        if now.rss > seen.rss:
+            seen.shared = now.shared
+        seen.rss = max(seen.rss, now.rss, _high_water(handle.pid))
+        seen.pss = max(seen.pss, now.pss)
+        if now.uss > seen.uss:
+            seen.uss, seen.peak_title = now.uss, title[:120]
+        return int(now.pss)
+
+
+def _high_water(pid: int) -> int:
+    """The kernel's own peak of the RSS, which no sampling misses; 0 where it is not told."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError as error:
+        raise UsageError(
+            "The benchmark needs the package 'psutil', which is not installed: pip install psutil"
+        ) from error
+    return psutil
+
+
+@dataclass(frozen=True, slots=True)
+class JobRun:
+    """A finished `jobs.denoise`: times (epoch), its run.json, its rows, its processes."""
+
+    started_at: float
+    seconds: float
+    run: dict[str, Any]
+    rows: list[dict[str, Any]]
+    watched: Watched
+
+    @property
+    def finished(self) -> list[tuple[float, float]]:
+        """(time, Mpx) of every image that came out, in the order of time."""
+        return sorted(
+            (row["finished_at"].timestamp(), row["width"] * row["height"] / 1e6)
+            for row in self.rows
+        )
+
+
+def run_denoise(
+    inputs: Sequence[str],
+    output: Path,
+    *options: str,
+    every_s: float = 1.0,
+    memory: bool = False,
+) -> JobRun:
+    """Run the job on this machine and wait. Raises RunFailed where an image or the job failed."""
+    command = [sys.executable, "-m", "jobs.denoise", *inputs, "--output", str(output), *options]
+    started_at = time.time()
+    watched, seconds = watch([*command, "--progress", "plain"], every_s=every_s, memory=memory)
+    run = json.loads((output / "run.json").read_text())
+    rows = [
+        row
+        for part in results.iter_rows(LocalStorage(), str(output), columns=ROW_COLUMNS)
+        for row in part.to_pylist()
+    ]
+    return JobRun(started_at, seconds, run, rows, watched)
+
+
+def watch(command: Sequence[str], *, every_s: float, memory: bool) -> tuple[Watched, float]:
+    """Run a command while sampling its processes; return them and the wall time.
+
+    Without RAY_ADDRESS: what is measured is this machine. Raises RunFailed on an exit code but 0.
+    """
+    environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as job:
+        sampler = Sampler(job.pid, every_s=every_s, memory=memory)
+        sampler.start()
+        tail = ""
+        assert job.stdout is not None
+        for line in job.stdout:
+            tail = (tail + line)[-3000:]
+        code = job.wait()
+        seconds = time.monotonic() - started
+        watched = sampler.stop()
+    if code != 0:
+        raise RunFailed(f"{' '.join(command)} ended with {code}:\n{tail}")
+    return watched, seconds
