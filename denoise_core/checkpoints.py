@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from denoise_core.errors import CheckpointError, UsageError
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
 CARD_VERSION = 1
+REQUIRED = ("architecture", "arguments", "total_stride", "default_halo", "exact_halo", "sha256")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model's card and the place of its weights.
 
-    `break_even_sigma` is the noise (of 255) under which the model does an image more harm than
-    good. `break_even_sigma`, `default_halo` and `exact_halo` steer the denoiser; `card` is all.
+    `architecture` and `arguments` say what to build; `total_stride`, `default_halo` and
+    `exact_halo`, in pixels, steer the cutting; `break_even_sigma` (of 255), where a card has it, is
+    the noise under which the model does an image more harm than good. The rest is for people.
     """
 
     name: str
@@ -60,12 +63,13 @@ class Checkpoint:
         """Build the Keras model and set its weights. Raises CheckpointError."""
         from denoise_core.models import build_model
 
-        model = build_model(
-            self.card["architecture"], precision=precision, **self.card["arguments"]
-        )
+        weights = self.weights()
         try:
-            model.set_weights(self.weights())
-        except ValueError as error:
+            model = build_model(
+                self.card["architecture"], precision=precision, **self.card["arguments"]
+            )
+            model.set_weights(weights)
+        except (UsageError, ValueError, TypeError, IndexError) as error:
             raise CheckpointError(
                 f"{self.weights_path}: does not fit its card ({error})."
             ) from error
@@ -82,27 +86,46 @@ def load_checkpoint(name: str) -> Checkpoint:
 
     Raises UsageError where there is none, CheckpointError where its card is damaged.
     """
-    path = Path(name)
-    if (SHIPPED / f"{name}.json").is_file():
-        card_path = SHIPPED / f"{name}.json"
-    elif path.is_dir():
-        card_path = path / "model.json"
-    else:
-        card_path = path.with_suffix(".json")
+    card_path = _card_path(name)
     if not card_path.is_file():
         known = shipped_names()
         raise UsageError(
             f"--model {name!r}: neither a shipped model ({', '.join(known) or 'none'}) nor a "
             f"folder with model.json and model.safetensors.{nearest(name, known)}"
         )
-    try:
-        card = json.loads(card_path.read_text())
-        missing = {"architecture", "arguments", "default_halo", "exact_halo", "sha256"} - set(card)
-    except ValueError as error:
-        raise CheckpointError(f"{card_path}: not a model card ({error}).") from error
-    if missing:
-        raise CheckpointError(f"{card_path}: the card lacks {', '.join(sorted(missing))}.")
+    card = _read_card(card_path)
     return Checkpoint(card.get("name", card_path.stem), card_path.with_suffix(".safetensors"), card)
+
+
+def _card_path(name: str) -> Path:
+    path = Path(name)
+    if (SHIPPED / f"{name}.json").is_file():
+        return SHIPPED / f"{name}.json"
+    if path.is_dir():
+        return path / "model.json"
+    # Only an ending of ours is replaced: in `runs/v1.2` the `.2` belongs to the name.
+    ours = path.suffix in (".json", ".safetensors")
+    return path.with_suffix(".json") if ours else path.with_name(f"{path.name}.json")
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a model card ({error}).") from error
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{path}: not a model card (expected a JSON object).")
+    missing = [key for key in REQUIRED if key not in card]
+    if missing:
+        raise CheckpointError(f"{path}: the card lacks {', '.join(missing)}.")
+    pixels = [card[key] for key in ("total_stride", "default_halo", "exact_halo")]
+    numbers = all(type(value) is int and value >= 0 for value in pixels) and pixels[0] > 0
+    if not numbers or not isinstance(card["arguments"], dict):
+        raise CheckpointError(
+            f"{path}: total_stride, default_halo and exact_halo must be whole numbers of pixels "
+            "and arguments an object."
+        )
+    return card
 
 
 def save_checkpoint(
@@ -131,5 +154,8 @@ def save_checkpoint(
 
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,15 +27,13 @@ def setting(
     choices: tuple[str, ...] = (),
     positional: bool = False,
     metavar: str = "",
-    pixels: bool = False,
 ) -> Any:
-    """Declare one setting. `pixels` marks those that change the values of output pixels."""
+    """Declare one setting."""
     metadata = {
         "help": help,
         "choices": choices,
         "positional": positional,
         "metavar": metavar,
-        "pixels": pixels,
     }
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
@@ -61,6 +60,18 @@ def require(condition: bool, message: str) -> None:
     """Raise UsageError with `message` unless `condition` holds."""
     if not condition:
         raise UsageError(message)
+
+
+def check_choices(settings: Any) -> None:
+    """Raise UsageError where a field of `settings` has a value outside its choices."""
+    for f in dataclasses.fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            flag = f.name.replace("_", "-")
+            raise UsageError(
+                f"--{flag} {value!r}: expected one of {', '.join(choices)}."
+                f"{nearest(str(value), choices)}"
+            )
 
 
 def parse_auto_int(value: str, *, name: str, words: tuple[str, ...], low: int) -> int | str:
@@ -188,6 +199,7 @@ class DenoiseConfig:
     s3_endpoint: str | None = setting(None, "URL of an S3-compatible server.", metavar="URL")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(
             len(self.inputs) > 0, "No INPUT given: name a file, a folder or s3://bucket/prefix."
         )
@@ -257,7 +269,9 @@ class TrainConfig:
     grey: float = setting(0.2, "Share of crops turned to grey.", metavar="0..1")
     steps: int | None = setting(None, "Optimizer steps of the whole schedule.", metavar="N")
     hours: float | None = setting(
-        None, "Wall time of the whole schedule, over all resumes.", metavar="H"
+        None,
+        "Hours of training of the whole schedule, over all resumes; validation comes on top.",
+        metavar="H",
     )
     learning_rate: float | None = setting(None, "Peak rate; default: the preset's.", metavar="F")
     batch_scale: int = setting(1, "Multiply the preset's batch sizes.", metavar="N")
@@ -285,19 +299,38 @@ class TrainConfig:
     resume: bool = setting(False, "Go on from the last checkpoint in --output.")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(len(self.data) > 0, "No DATA given: name a folder of images.")
+        require(bool(self.output), "--output is empty: name a folder.")
         require(
             (self.steps is None) != (self.hours is None),
             "Give the length of training by one of --steps N and --hours H.",
         )
         require(self.steps is None or self.steps >= 1, "--steps: expected a number from 1.")
-        require(self.hours is None or self.hours > 0, "--hours: expected a number above 0.")
+        require(
+            self.hours is None or 0 < self.hours < math.inf, "--hours: expected a number above 0."
+        )
         require(0 <= self.grey <= 1, f"--grey {self.grey}: expected 0.0 to 1.0.")
         require(0 < self.validation < 1, f"--validation {self.validation}: expected 0 to 1.")
+        require(self.seed >= 0, "--seed: expected a whole number from 0.")
+        require(self.validate_minutes > 0, "--validate-minutes: expected a number above 0.")
+        require(
+            self.validate_steps is None or self.validate_steps >= 1,
+            "--validate-steps: expected a number from 1.",
+        )
+        require(self.checkpoint_minutes > 0, "--checkpoint-minutes: expected a number above 0.")
         require(self.workers >= 1, "--workers: expected a number from 1.")
+        # Clocks differ between workers; steps do not, and all must change stage and stop alike.
+        require(
+            self.workers == 1 or self.steps is not None,
+            "--workers above 1 needs the length of training in --steps.",
+        )
+        require(self.gpus_per_worker >= 0, "--gpus-per-worker: expected a number from 0.")
+        require(self.threads is None or self.threads >= 1, "--threads: expected a number from 1.")
+        require(self.max_failures >= 0, "--max-failures: expected a number from 0.")
         require(self.batch_scale >= 1, "--batch-scale: expected a number from 1.")
         require(
-            self.learning_rate is None or self.learning_rate > 0,
+            self.learning_rate is None or 0 < self.learning_rate < math.inf,
             "--learning-rate: expected a number above 0.",
         )
 

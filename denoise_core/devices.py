@@ -38,6 +38,30 @@ def configure_tensorflow(*, threads: int | None, use_gpu: bool) -> Any:
     return tf
 
 
+def bound_kernels(tf: Any) -> int:
+    """Let every kernel use one thread and TensorFlow run several at once; returns how many.
+
+    oneDNN and Eigen cut and order their sums by the number of threads, so only one-thread kernels
+    give the same bytes on every machine, whatever threads an actor was given. Where TensorFlow has
+    already made a tensor, its threads stay as they are.
+    """
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or cores()
+    try:
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+    except RuntimeError:
+        return max(1, tf.config.threading.get_inter_op_parallelism_threads())
+    return int(threads)
+
+
+def cores() -> int:
+    """Return the CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
 def choose_precision(wanted: str, tf: Any) -> str:
     """Resolve 'auto' to 'bfloat16' where the device computes fast in it, else 'float32'."""
     if wanted != "auto":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +38,23 @@ def cut(pixels: Array, patch: Patch, *, origin: tuple[int, int], low: float, hig
     top, left = origin
     rows = slice(patch.y.first - top, min(patch.y.last - top, pixels.shape[0]))
     columns = slice(patch.x.first - left, min(patch.x.last - left, pixels.shape[1]))
-    window = pixels[rows, columns].astype(np.float32)
+    window = pixels[rows, columns].astype(np.float64 if is_wide(pixels.dtype) else np.float32)
     if (low, high) != (0.0, 1.0):
-        window -= np.float32(low)
-        window *= np.float32(1.0 / (high - low))
+        window -= window.dtype.type(low)
+        window *= window.dtype.type(1.0 / (high - low))
+    window = window.astype(np.float32, copy=False)
     missing = patch.y.length - window.shape[0], patch.x.length - window.shape[1]
     if missing == (0, 0):
         return window
     return np.pad(window, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
+
+
+def is_wide(dtype: np.dtype[Any]) -> bool:
+    """Return whether values of `dtype` are moved to and from [0, 1] in float64.
+
+    float32 holds integers up to 2**24: a picture on a large offset would lose its digits.
+    """
+    return dtype.itemsize > (4 if dtype.kind == "f" else 2)
 
 
 def core_of(window: Array, patch: Patch) -> Array:

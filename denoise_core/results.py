@@ -7,8 +7,9 @@ Both are keyed by `image_id`; of several rows of one image the latest `finished_
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -173,11 +174,11 @@ def latest_rows(storage: Storage, out: str) -> Latest:
         places.append(np.arange(len(table)))
     if not shards:
         return Latest([], [], 0, False)
-    image, time, home, place = map(np.concatenate, (ids, times, homes, places))
-    order = np.lexsort((home, time, image))
+    image, moment, source, place = map(np.concatenate, (ids, times, homes, places))
+    order = np.lexsort((source, moment, image))
     last = np.append(image[order][1:] != image[order][:-1], True) if len(order) else order
     chosen = order[last.astype(bool)]
-    keep = [np.sort(place[chosen[home[chosen] == number]]) for number in range(len(shards))]
+    keep = [np.sort(place[chosen[source[chosen] == number]]) for number in range(len(shards))]
     return Latest(shards, keep, len(chosen), bool(journal))
 
 
@@ -224,16 +225,30 @@ def publish(storage: Storage, out: str, *, run_id: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What earlier runs on this OUT did: image id -> (fingerprint, config hash, failed)."""
+    """What earlier runs on this OUT did.
 
-    images: dict[str, tuple[str, str, bool]]
+    `images`: image id -> (fingerprint, config hash, failed); `owners`: hash of an output's URI ->
+    id of the image that it was made from.
+    """
+
+    images: dict[str, tuple[str, str, bool]] = field(default_factory=dict)
+    owners: dict[int, str] = field(default_factory=dict)
+
+    def owner(self, output: str) -> str | None:
+        """Return the id of the image that an output was made from."""
+        return self.owners.get(hash(output))
 
     @staticmethod
     def load(storage: Storage, out: str) -> Done:
         """Read the rows of earlier runs, finished or killed."""
-        columns = ["image_id", "source_fingerprint", "config_hash", "status"]
-        images = {}
+        columns = ["image_id", "source_fingerprint", "config_hash", "status", "output_uri"]
+        done = Done()
         for table in iter_rows(storage, out, columns=columns):
-            for row in zip(*(table[name].to_pylist() for name in columns), strict=True):
-                images[row[0]] = (row[1] or "", row[2] or "", row[3] == "failed")
-        return Done(images)
+            rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+            for image, fingerprint, settings, status, output in rows:
+                # Few settings, many images: one string for all.
+                settings = sys.intern(settings or "")
+                done.images[image] = (fingerprint or "", settings, status == "failed")
+                if output:
+                    done.owners[hash(output)] = image
+        return done

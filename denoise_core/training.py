@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core.config import TrainConfig
-from denoise_core.errors import CheckpointError, RunFailed
+from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.presets import Preset, Stage
 from denoise_core.training_data import CleanImages, CropSampler, prefetch
 
@@ -56,14 +58,17 @@ def learning_rate(preset: Preset, config: TrainConfig, progress: Progress) -> fl
     return peak * warm * 0.5 * (1.0 + math.cos(math.pi * progress.fraction(config)))
 
 
-def validation_psnr(predict: Callable[[Array], Array], images: list[Array]) -> float:
+def validation_psnr(
+    predict: Callable[[Array], Array], images: list[Array], *, stride: int = 16
+) -> float:
     """Mean PSNR in dB over centre crops of 8-bit images at sigma 25, protocol A.
 
-    The noise is seeded for each image; the output is clipped and rounded to 8 bits.
+    The crops have at most VALIDATION_SIDE pixels a side, multiples of `stride`. The noise is seeded
+    for each image; the output is clipped and rounded to 8 bits.
     """
     values = []
     for image in images:
-        height, width = (min(VALIDATION_SIDE, side // 16 * 16) for side in image.shape[:2])
+        height, width = (min(VALIDATION_SIDE, side // stride * stride) for side in image.shape[:2])
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         clean = image[top : top + height, left : left + width].astype(np.float32) / 255.0
         noise = np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
@@ -74,7 +79,11 @@ def validation_psnr(predict: Callable[[Array], Array], images: list[Array]) -> f
 
 
 class Trainer:
-    """One worker's training of one model. `rank` 0 writes checkpoints; all ranks call alike."""
+    """One worker's training of one model. `rank` 0 writes checkpoints; all ranks call alike.
+
+    Raises UsageError for images and batches that do not fit the preset or the workers,
+    CheckpointError for `initial` weights of another model.
+    """
 
     def __init__(
         self,
@@ -89,7 +98,7 @@ class Trainer:
         import keras
         import tensorflow as tf
 
-        from denoise_core.models import build_model
+        from denoise_core.models import architecture, build_model
         from denoise_core.noise import parse_noise
 
         self.config, self.preset, self.images, self.rank = config, preset, images, rank
@@ -99,6 +108,11 @@ class Trainer:
         )
         for stage in preset.stages:
             images.check_crop(stage.crop)
+            if stage.batch * config.batch_scale % config.workers:
+                raise UsageError(
+                    f"--workers {config.workers}: batches of {stage.batch * config.batch_scale} "
+                    "crops cannot be shared equally. Change --workers or --batch-scale."
+                )
         if config.workers > 1:
             self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         else:
@@ -109,7 +123,14 @@ class Trainer:
             self.optimizer = keras.optimizers.Adam(0.0, global_clipnorm=preset.clip_norm)
             self.optimizer.build(self.model.trainable_variables)
         if initial is not None:
-            self.model.set_weights(initial)
+            try:
+                self.model.set_weights(initial)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"--init {config.init}: not of the architecture of --preset {config.preset} "
+                    f"({error})."
+                ) from error
+        self.stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
         self.ema = self.model.get_weights()
         self._predict = tf.function(lambda x: self.model(x, training=False))
         self._step = self._make_step(tf)
@@ -159,23 +180,23 @@ class Trainer:
         losses: list[float] = []
         while (fraction := self.progress.fraction(self.config)) < 1.0:
             stage = stage_at(self.preset.stages, fraction)
-            batches = prefetch(self._batches(stage))
-            for noisy, clean in batches:
-                losses.append(self._train_step(noisy, clean, fraction=fraction))
-                before, now = now, time.monotonic()
-                self.progress.seconds += now - before
-                self.progress.pixels += noisy.size // noisy.shape[-1] * self.config.workers
-                fraction = self.progress.fraction(self.config)
-                if fraction >= 1.0 or self._validation_due(now - validated):
-                    report(self._validate(losses), True)
-                    losses, validated = [], time.monotonic()
-                    saved_seconds, now = self.progress.seconds, validated
-                elif self._checkpoint_due(saved_seconds):
-                    report({"loss": float(np.mean(losses)), "psnr": math.nan}, True)
-                    saved_seconds, now = self.progress.seconds, time.monotonic()
-                if fraction >= 1.0 or stage_at(self.preset.stages, fraction) is not stage:
-                    break
-            batches.close()  # type: ignore[attr-defined]
+            with closing(prefetch(self._batches(stage))) as batches:
+                for noisy, clean in batches:
+                    losses.append(self._train_step(noisy, clean, fraction=fraction))
+                    before, now = now, time.monotonic()
+                    self.progress.seconds += now - before
+                    self.progress.pixels += noisy.size // noisy.shape[-1] * self.config.workers
+                    fraction = self.progress.fraction(self.config)
+                    if fraction >= 1.0 or self._validation_due(now - validated):
+                        report(self._validate(losses), True)
+                        losses, validated = [], time.monotonic()
+                        saved_seconds, now = self.progress.seconds, validated
+                    elif self._checkpoint_due(saved_seconds):
+                        self._require_finite()
+                        report({"loss": float(np.mean(losses)), "psnr": math.nan}, True)
+                        saved_seconds, now = self.progress.seconds, time.monotonic()
+                    if fraction >= 1.0 or stage_at(self.preset.stages, fraction) is not stage:
+                        break
 
     def _validation_due(self, seconds: float) -> bool:
         if self.config.validate_steps is not None or self.config.workers > 1:
@@ -193,10 +214,7 @@ class Trainer:
         squared = fraction >= self.preset.mse_from
         loss = float(self._step(noisy, clean, tf.constant(rate, tf.float32), tf.constant(squared)))
         if not math.isfinite(loss):
-            raise RunFailed(
-                f"The loss became {loss} at step {self.progress.step}. The last checkpoint is "
-                "good; go on from it with --resume and a lower --learning-rate."
-            )
+            raise self._diverged(f"The loss became {loss}")
         self.progress.step += 1
         if self.progress.step % EMA_EVERY == 0:
             # The average starts short, so that the first weights are soon forgotten.
@@ -207,10 +225,24 @@ class Trainer:
                 average += (1.0 - keep) * value
         return loss
 
+    def _diverged(self, what: str) -> RunFailed:
+        return RunFailed(
+            f"{what} at step {self.progress.step}. The last checkpoint is good; go on from it with "
+            "--resume and a lower --learning-rate."
+        )
+
+    def _require_finite(self) -> None:
+        """Raise RunFailed for weights that the last step broke: its loss came before its update."""
+        if not all(np.isfinite(weight).all() for weight in self.model.get_weights()):
+            raise self._diverged("The weights became NaN or infinite")
+
     def _validate(self, losses: list[float]) -> dict[str, float]:
+        self._require_finite()
         current = self.model.get_weights()
         self.model.set_weights(self.ema)
-        psnr = validation_psnr(lambda x: self._predict(x).numpy(), self.images.validation)
+        psnr = validation_psnr(
+            lambda x: self._predict(x).numpy(), self.images.validation, stride=self.stride
+        )
         self.model.set_weights(current)
         return {"loss": float(np.mean(losses)), "psnr": psnr}
 
@@ -225,19 +257,27 @@ class Trainer:
         (folder / "progress.json").write_text(json.dumps(progress))
 
     def load_state(self, folder: Path) -> None:
-        """Take up weights, averages, optimizer and progress. Raises CheckpointError."""
+        """Take up weights, averages, optimizer and progress, or none of them.
+
+        Raises CheckpointError.
+        """
         try:
+            progress = Progress(**json.loads((folder / "progress.json").read_text()))
             with np.load(folder / "state.npz", allow_pickle=False) as arrays:
                 parts = {
                     kind: [arrays[name] for name in sorted(arrays.files) if name[0] == kind]
                     for kind in "weo"
                 }
+            state = [*self.model.weights, *self.model.weights, *self.optimizer.variables]
+            values = [*parts["w"], *parts["e"], *parts["o"]]
+            for variable, value in zip(state, values, strict=True):
+                if tuple(variable.shape) != value.shape:
+                    raise ValueError(f"{value.shape} where {tuple(variable.shape)} is expected")
             self.model.set_weights(parts["w"])
             for variable, value in zip(self.optimizer.variables, parts["o"], strict=True):
                 variable.assign(value)
-            self.ema = parts["e"]
-            self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.ema, self.progress = parts["e"], progress
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{folder}: no checkpoint of this preset can be read there ({error})."
             ) from error

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from denoise_core.errors import DenoiseError, UsageError
-from denoise_core.images import decode
+from denoise_core.images import decode, read_header, rescale
 from denoise_core.noise import Gaussian
 
 Array = np.ndarray
@@ -32,7 +32,7 @@ def find_images(folders: Sequence[str]) -> list[Path]:
         path
         for folder in folders
         for path in ([Path(folder)] if Path(folder).is_file() else sorted(Path(folder).rglob("*")))
-        if path.suffix.lower() in suffixes
+        if path.suffix.lower() in suffixes and path.is_file()
     ]
     if not paths:
         raise UsageError(
@@ -42,16 +42,37 @@ def find_images(folders: Sequence[str]) -> list[Path]:
     return paths
 
 
+def check_images(paths: Sequence[Path], *, crop: int) -> None:
+    """Raise UsageError where a crop of `crop` pixels does not fit into an image, by its header."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                header = read_header(file, name=path.name)
+        except (OSError, DenoiseError) as error:
+            raise UsageError(f"{path}: {error}") from error
+        if min(header.height, header.width) < crop:
+            raise UsageError(
+                f"{path}: crops of {crop} px do not fit into {header.width}x{header.height} px. "
+                "Leave the image out or choose a preset with smaller crops."
+            )
+
+
 def load_clean(path: Path) -> list[Array]:
-    """Read one image as 8-bit RGB arrays (H, W, 3), a large one at several scales."""
-    image = decode(path.read_bytes(), name=path.name).pixels
-    if image.dtype == np.uint16:
-        image = (image // 257).astype(np.uint8)
-    if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
+    """Read one image as 8-bit RGB arrays (H, W, 3), a large one at several scales.
+
+    Raises UsageError for a file that cannot be trained on.
+    """
+    try:
+        image = decode(path.read_bytes(), name=path.name).pixels
+    except (OSError, DenoiseError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 3):
         raise UsageError(
             f"{path}: training takes 8- or 16-bit images of 1 or 3 channels, "
             f"got {image.dtype} with {image.shape[2]}."
         )
+    if image.dtype == np.uint16:
+        image = rescale(image, np.uint8, source=(0.0, 65535.0))
     image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
     if min(image.shape[:2]) < LARGE_SIDE:
         return [image]
@@ -76,7 +97,10 @@ class CleanImages:
 
     @staticmethod
     def load(paths: Sequence[Path], *, validation: float, seed: int) -> CleanImages:
-        """Read images and hold out a seeded share of the files, at least one, for validation."""
+        """Read images and hold out a seeded share of the files, at least one, for validation.
+
+        Raises UsageError for files that cannot be trained on and where there are too few.
+        """
         order = np.random.default_rng(seed).permutation(len(paths))
         held = {int(i) for i in order[: max(1, round(len(paths) * validation))]}
         if len(held) == len(paths):
@@ -85,19 +109,16 @@ class CleanImages:
             )
         parts: tuple[list[Array], list[Array]] = ([], [])
         for index, path in enumerate(paths):
-            try:
-                parts[index in held].extend(load_clean(path))
-            except DenoiseError as error:
-                raise UsageError(f"{path}: {error}") from error
+            parts[index in held].extend(load_clean(path))
         return CleanImages(*parts)
 
     def check_crop(self, crop: int) -> None:
-        """Raise UsageError where `crop` pixels do not fit into an image."""
-        smallest = min(min(image.shape[:2]) for image in self.training)
+        """Raise UsageError where `crop` pixels do not fit into an image, held out or not."""
+        smallest = min(min(image.shape[:2]) for image in [*self.training, *self.validation])
         if crop > smallest:
             raise UsageError(
-                f"Crops of {crop} px do not fit: the smallest training image has a side of "
-                f"{smallest} px. Leave it out or choose a preset with smaller crops."
+                f"Crops of {crop} px do not fit: the smallest image has a side of {smallest} px. "
+                "Leave it out or choose a preset with smaller crops."
             )
 
 
@@ -119,13 +140,14 @@ class CropSampler:
     def sample(self, *, step: int, place: int, crop: int) -> tuple[Array, Array]:
         """Return (noisy, clean), float32 (crop, crop, 3); clean is in [0, 1].
 
-        Images are drawn in proportion to the square root of their pixels; flipped and rotated by quarter turns.
+        Images are drawn in proportion to the square root of their pixels; crops are flipped and
+        turned by quarters.
         """
         rng = np.random.default_rng((self.seed, step, place))
         image = self.images[np.searchsorted(self.shares, rng.random())]
         top = rng.integers(image.shape[0] - crop + 1)
         left = rng.integers(image.shape[1] - crop + 1)
-        cut = np.rot90(image[top : top + crop, left : left + crop], k=rng.integers(4))
+        cut = np.rot90(image[top : top + crop, left : left + crop], k=int(rng.integers(4)))
         cut = cut[:, ::-1] if rng.integers(2) else cut
         clean = cut.astype(np.float32) / np.float32(255.0)
         if rng.random() < self.grey:
@@ -144,7 +166,7 @@ class CropSampler:
 
 def prefetch(
     batches: Iterator[tuple[Array, Array]], *, depth: int = 4
-) -> Iterator[tuple[Array, Array]]:
+) -> Generator[tuple[Array, Array]]:
     """Run an iterator in a thread, `depth` items ahead."""
     ready: queue.Queue[tuple[Array, Array] | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()

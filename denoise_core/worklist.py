@@ -1,20 +1,21 @@
 """The work list: inputs minus finished work, as Parquet shards. Never decodes pixels.
 
-Planning streams: of each input only a hash of its output name and a count stay in memory.
+Planning streams: of each input only hashes of its name and of its output's stay in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import posixpath
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from denoise_core.config import DenoiseConfig
-from denoise_core.errors import DenoiseError, OutputConflict, StorageError, UsageError
+from denoise_core.errors import DenoiseError, ObjectNotFound, OutputConflict, UsageError
 from denoise_core.images import output_name
 from denoise_core.results import Done
 from denoise_core.storage import Entry, Found, Storage, join
@@ -54,6 +55,9 @@ class Refusal:
     error: DenoiseError
 
 
+Planned = WorkItem | Refusal
+
+
 @dataclass(slots=True)
 class Counts:
     """What planning saw. `old_failures` are skipped images whose earlier row says `failed`."""
@@ -76,16 +80,23 @@ class Planner:
     present: set[int] | None
     counts: Counts = field(default_factory=Counts)
     _outputs: set[int] = field(default_factory=set)
+    _seen: set[int] = field(default_factory=set)
 
-    def plan(self, found: Iterable[Found]) -> Iterator[WorkItem | Refusal]:
+    def plan(self, found: Iterable[Found]) -> Iterator[Planned]:
         """Yield what is to be done, in the order of listing."""
+        own = Own(self.config.output)
         for item in found:
-            if isinstance(item, Entry) and is_own(self.config.output, item.uri):
+            if isinstance(item, Entry) and own.holds(item.uri):
                 continue
             if self.config.limit is not None and self.counts.listed >= self.config.limit:
                 return
+            identity = image_id(item.uri if isinstance(item, Entry) else item[0])
+            if _key(identity) in self._seen:
+                # INPUTs overlap.
+                continue
+            self._seen.add(_key(identity))
             self.counts.listed += 1
-            planned = self._plan_one(item)
+            planned = self._plan_one(item, identity)
             if isinstance(planned, Refusal):
                 self.counts.refused += 1
             elif planned is not None:
@@ -94,13 +105,12 @@ class Planner:
             if planned is not None:
                 yield planned
 
-    def _plan_one(self, found: Found) -> WorkItem | Refusal | None:
+    def _plan_one(self, found: Found, identity: str) -> Planned | None:
         if not isinstance(found, Entry):
             uri, error = found
-            if self._is_finished(image_id(uri), "", path=None):
+            if self._is_finished(identity, "", path=None):
                 return None
-            return Refusal(WorkItem(image_id(uri), uri, uri, "", 0, ""), error)
-        identity = image_id(found.uri)
+            return Refusal(WorkItem(identity, uri, uri, "", 0, ""), error)
         try:
             name = output_name(found.path, self.config.format)
             output = join(self.config.output, "images", name)
@@ -108,9 +118,7 @@ class Planner:
             item = WorkItem(identity, found.uri, found.path, "", found.size, found.fingerprint)
             return Refusal(item, error)
         item = WorkItem(identity, found.uri, found.path, output, found.size, found.fingerprint)
-        key = _key(name)
-        conflict = key in self._outputs
-        self._outputs.add(key)
+        conflict = self._is_taken(identity, name, output)
         if self._is_finished(identity, found.fingerprint, path=name):
             return None
         if conflict:
@@ -120,6 +128,13 @@ class Planner:
             )
             return Refusal(item, OutputConflict(text))
         return item
+
+    def _is_taken(self, identity: str, name: str, output: str) -> bool:
+        """Whether another input, of this run or an earlier one, has this output."""
+        key = _key(name)
+        taken = key in self._outputs or self.done.owner(output) not in (None, identity)
+        self._outputs.add(key)
+        return taken
 
     def _is_finished(self, identity: str, fingerprint: str, *, path: str | None) -> bool:
         before = self.done.images.get(identity)
@@ -132,12 +147,14 @@ class Planner:
         old_fingerprint, old_hash, failed = before
         if (old_fingerprint, old_hash) != (fingerprint, self.config_hash):
             return False
-        if not failed and self.present is not None and path is not None:
-            if _key(path) not in self.present:
-                return False
+        if not failed and path is not None and self._is_missing(path):
+            return False
         self.counts.skipped += 1
         self.counts.old_failures += failed
         return True
+
+    def _is_missing(self, path: str) -> bool:
+        return self.present is not None and _key(path) not in self.present
 
 
 def image_id(uri: str) -> str:
@@ -150,23 +167,35 @@ def _key(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
 
 
-def is_own(out: str, uri: str) -> bool:
-    """Return whether `uri` is one of the files that a run on `out` makes itself."""
-    if not uri.startswith("s3://") and not out.startswith("s3://"):
-        uri, out = posixpath.abspath(uri), posixpath.abspath(out)
-    return any(uri == (own := join(out, name)) or uri.startswith(own + "/") for name in OWN_NAMES)
+class Own:
+    """Knows the files that a run on `out` makes itself, however links spell their paths."""
+
+    def __init__(self, out: str) -> None:
+        self.names = {join(_resolved(out), name) for name in OWN_NAMES}
+        self.prefixes = tuple(f"{name}/" for name in self.names)
+
+    def holds(self, uri: str) -> bool:
+        """Return whether `uri` is one of them."""
+        folder, slash, name = uri.rpartition("/")
+        uri = f"{_resolved(folder)}/{name}" if slash else uri
+        return uri in self.names or uri.startswith(self.prefixes)
+
+
+@lru_cache(maxsize=1024)
+def _resolved(folder: str) -> str:
+    return folder if folder.startswith("s3://") else os.path.realpath(folder).rstrip("/")
 
 
 def outputs_present(storage: Storage, out: str) -> set[int]:
     """Return the keys of the files that lie under OUT/images."""
     try:
         return {_key(entry.path) for entry in storage.list(join(out, "images"))}
-    except StorageError:
+    except ObjectNotFound:
         return set()
 
 
 def write_shards(
-    storage: Storage, out: str, items: Iterable[WorkItem | Refusal], *, run_id: str
+    storage: Storage, out: str, items: Iterable[Planned], *, run_id: str
 ) -> Iterator[tuple[str | None, list[Refusal]]]:
     """Write the work list to `OUT/.denoise/work/`, SHARD_ROWS images a file.
 

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run failed, 2 wrong usage; a job may return others its
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tomllib
 import types
@@ -17,11 +18,12 @@ from typing import Any
 
 import click
 
-from denoise_core.config import check_keys, nearest
+from denoise_core.config import check_keys, nearest, require
 from denoise_core.errors import DenoiseError, UsageError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 class SettingsCommand(click.Command):
@@ -34,8 +36,12 @@ class SettingsCommand(click.Command):
         except click.NoSuchOption as error:
             known = [name for p in self.params for name in (*p.opts, *p.secondary_opts)]
             hint = "" if error.possibilities else nearest(error.option_name, known)
-            error.message += hint
-            raise
+            raise click.NoSuchOption(
+                error.option_name,
+                message=error.message + hint,
+                possibilities=error.possibilities,
+                ctx=ctx,
+            ) from None
 
 
 def settings_command(
@@ -79,8 +85,18 @@ def _guarded(body: Callable[[], int]) -> int:
         click.echo(f"Error: {error}", err=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        click.echo("Interrupted.", err=True)
-        return 130
+        click.echo("Interrupted. Finished images are safe; the same command goes on.", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get("DENOISE_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        click.echo(
+            f"Error: a fault of the program, {type(error).__name__}: {text}. Please report it with "
+            "what the same command prints under DENOISE_DEBUG=1.",
+            err=True,
+        )
+        return EXIT_FAILED
 
 
 def _read_config(settings: type) -> Callable[[click.Context, click.Parameter, str | None], None]:
@@ -88,19 +104,37 @@ def _read_config(settings: type) -> Callable[[click.Context, click.Parameter, st
         if value is None:
             return
         try:
-            table = tomllib.loads(Path(value).read_text())
+            table = tomllib.loads(Path(value).read_text(encoding="utf-8"))
             check_keys(table, settings, source=value)
+            ctx.default_map = _values(table, settings, source=value)
         except OSError as error:
             raise click.UsageError(
                 f"--config {value}: cannot be read ({error.strerror})."
             ) from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--config {value}: is not valid TOML ({error}).") from error
         except UsageError as error:
             raise click.UsageError(str(error)) from error
-        ctx.default_map = {key.replace("-", "_"): item for key, item in table.items()}
 
     return callback
+
+
+def _values(table: dict[str, Any], settings: type, *, source: str) -> dict[str, Any]:
+    """Return a file's values by field; a single value may stand for a list of one."""
+    hints = typing.get_type_hints(settings)
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        many = _plain_type(hints[name]) is tuple
+        items = value if many and isinstance(value, list) else [value]
+        for item in items:
+            require(
+                isinstance(item, str if many else str | int | float),
+                f"{source}: {key} = {item!r}: expected "
+                + ("a text or a list of texts." if many else "a single value."),
+            )
+        values[name] = items if many else value
+    return values
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> click.Parameter:
@@ -127,7 +161,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> click.Parameter:
     return click.Option([flag, field.name], **options)
 
 
-def _plain_type(hint: Any) -> type:
+def _plain_type(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
     return typing.get_origin(hint) or hint

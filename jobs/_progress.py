@@ -18,10 +18,11 @@ PLAIN_EVERY_S = 10.0
 
 
 def rate(totals: Totals) -> float:
-    """Megapixels a second since the first image was there (start-up apart)."""
-    if totals.first_image_s is None or totals.seconds <= totals.first_image_s:
+    """Megapixels a second after the first image, start-up apart; 0 before it is known."""
+    if totals.done < 2 or totals.first_image_s is None:
         return 0.0
-    return totals.megapixels / (totals.seconds - totals.first_image_s)
+    later = totals.megapixels * (totals.done - 1) / totals.done
+    return later / max(1e-3, totals.seconds - totals.first_image_s)
 
 
 def seconds_left(totals: Totals) -> float | None:
@@ -124,6 +125,7 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
     totals = outcome.totals
     if config.progress == "json":
         final = {**asdict(totals), "run_id": outcome.run_id, "ok_budget": outcome.within_budget}
+        final |= {"listed": outcome.listed} if outcome.dry_run else {}
         click.echo(json.dumps({"done": final}))
         return
     if outcome.dry_run:
@@ -152,6 +154,11 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
     rest = totals.failed - len(outcome.worst_failures)
     if rest > 0:
         click.echo(f"  and {rest} more in the report.")
+    if outcome.unreferenced:
+        click.echo(
+            f"{outcome.unreferenced} without a usable image of the same path and shape under "
+            f"{config.reference}: no PSNR for them."
+        )
     if totals.old_failures:
         click.echo(f"{totals.old_failures} failed in earlier runs; --retry-failed does them again.")
     root = config.output.rstrip("/")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from denoise_core.errors import RunFailed
+
 
 def start_ray() -> None:
     """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone."""
@@ -22,13 +24,20 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     local = None if os.environ.get("RAY_ADDRESS") else "local"
-    with _silent_stderr():
-        ray.init(
-            address=local,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False if local else None,
-        )
+    try:
+        with _silent_stderr():
+            ray.init(
+                address=local,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False if local else None,
+            )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+        raise RunFailed(
+            f"Ray {where} could not be started or joined ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})."
+        ) from error
 
 
 @contextmanager

@@ -19,19 +19,13 @@ EXIT_OVER_BUDGET = 3
 
 def run(config: DenoiseConfig) -> int:
     """Denoise by `config`, show progress, print where to look. Returns the exit code."""
+    from denoise_core.pipelines.denoise import run_denoising
     from jobs._progress import display, print_outcome
 
     # `ray job stop` and schedulers send SIGTERM: end as on Ctrl-C, with rows and lock in order.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start_ray()
-    from denoise_core.pipelines.denoise import run_denoising
-    from denoise_core.report import build_report
-    from denoise_core.storage import StorageOptions
-
     with display(config.progress) as watcher:
-        outcome = run_denoising(config, watcher=watcher)
-        if not outcome.dry_run:
-            build_report(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
+        outcome = run_denoising(config, watcher=watcher, start_ray=start_ray)
     print_outcome(outcome, config)
     return 0 if outcome.within_budget else EXIT_OVER_BUDGET
 

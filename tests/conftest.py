@@ -1,7 +1,8 @@
-"""Fixtures that several test modules share: a real S3 server."""
+"""Fixtures that several test modules share: a real S3 server, a local Ray, a tiny model."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import socket
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import helpers
 import pytest
+import worker_hook
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,22 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         finally:
             process.terminate()
             process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a tiny model."""
+    return helpers.make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One local Ray of two CPUs for the session, with `worker_hook` in its workers."""
+    with contextlib.suppress(pytest.skip.Exception):
+        # First, so that Ray's workers know the server's keys.
+        request.getfixturevalue("s3_server")
+    import ray
+
+    worker_hook.start_ray()
+    yield
+    ray.shutdown()

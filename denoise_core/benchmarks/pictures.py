@@ -14,7 +14,7 @@ import numpy as np
 
 from denoise_core.benchmarks.tables import cores
 from denoise_core.errors import UsageError
-from denoise_core.images import ImageMetadata, decode, encode
+from denoise_core.images import decode
 
 Array = np.ndarray
 
@@ -43,7 +43,9 @@ def picture_files(folder: str | None) -> list[Path]:
         return [Path(skimage.data.__file__).parent / name for name in SHIPPED]
     files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
     if not files:
-        raise UsageError(f"--data {folder}: no images there; name a folder of {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"--data {folder}: no images there; name a folder of {', '.join(SUFFIXES)}"
+        )
     return files
 
 
@@ -118,8 +120,8 @@ def _sizes(megapixels: float) -> Iterator[tuple[int, int]]:
 def make_photos(folder: Path, *, megapixels: Sequence[float], sigma: float) -> float:
     """Write 4:3 photographs of those sizes, JPEG and PNG in turn; return the sum of Mpx."""
     sizes = [(round((m * 4e6 / 3) ** 0.5), round((m * 3e6 / 4) ** 0.5)) for m in megapixels]
-    formats = itertools.cycle(("jpeg", "png"))
-    _make(folder, list(zip(sizes, formats, strict=False)), sigma=sigma, data=None)
+    suffixes = itertools.cycle(("jpg", "png"))
+    _make(folder, list(zip(sizes, suffixes, strict=False)), sigma=sigma, data=None)
     return sum(width * height for width, height in sizes) / 1e6
 
 
@@ -130,17 +132,23 @@ def _make(
     sources = photographs(data)
 
     def write(index: int) -> None:
-        size, format = wanted[index]
+        size, suffix = wanted[index]
         rng = np.random.default_rng(index)
         at = (int(rng.integers(1024)), int(rng.integers(1024)))
         clean = compose(sources[index % len(sources)], size, at=at)
-        metadata = ImageMetadata(format=format, dtype="uint8", channels=3)
-        content, _ = encode(add_noise(clean, sigma, rng), None, metadata)
-        suffix = {"jpeg": "jpg"}.get(format, format)
+        content = _encode(add_noise(clean, sigma, rng), suffix)
         (folder / f"{index:05d}-{size[0]}x{size[1]}.{suffix}").write_bytes(content)
 
     with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(write, range(len(wanted))))
+
+
+def _encode(pixels: Array, suffix: str) -> bytes:
+    import imagecodecs
+
+    if suffix == "jpg":
+        return bytes(imagecodecs.jpeg_encode(pixels, level=95))
+    return bytes(imagecodecs.png_encode(pixels, level=1))
 
 
 def make_tiff(path: Path, *, side: int, sigma: float) -> None:

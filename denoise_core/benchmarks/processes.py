@@ -1,8 +1,8 @@
 """Starts `python -m jobs.denoise` as a user would, and watches the memory and time of all of it.
 
-Memory of a process is told three ways. RSS counts every page that is mapped, so each worker that
-touched an image in Ray's object store counts it again. PSS divides such pages by those who share
-them. USS is what would be free if the process ended: memory of its own.
+Memory of a process is told three ways. RSS counts every page that it has mapped, also those of
+Ray's object store and of program files (TensorFlow's library alone is hundreds of MB), once for
+each process. PSS divides such pages by those who share them. USS is what is the process's alone.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from denoise_core import results
 from denoise_core.errors import RunFailed, UsageError
@@ -36,6 +37,9 @@ KINDS = (
 )
 """Part of a process's title -> kind; the first that fits, else Ray's own services."""
 
+# When the detailed memory of a process is asked again: after a change of RSS, or some time.
+DETAIL_BYTES = 2_000_000
+DETAIL_S = 3.0
 IDLE = "idle worker"
 OTHER = "Ray services"
 ROW_COLUMNS = (
@@ -48,7 +52,8 @@ ROW_COLUMNS = (
 class Process:
     """One process as it was seen: its kind, CPU seconds, and peaks of memory in bytes.
 
-    `peak_title` is the process's title when its USS was largest: Ray names the running task there.
+    `peak_title` is the process's title when its USS was largest (Ray names the running task there),
+    `shared` what of its RSS was not its own then.
     """
 
     pid: int
@@ -80,6 +85,12 @@ class Watched:
         return groups
 
 
+class _Detail(NamedTuple):
+    at: float
+    rss: int
+    pss: int
+
+
 def kind_of(title: str) -> str:
     """Return the kind of a process by its title."""
     return next((kind for part, kind in KINDS if part in title), OTHER)
@@ -92,6 +103,7 @@ class Sampler:
         self.root, self.every_s, self.memory = _psutil().Process(pid), every_s, memory
         self.watched = Watched()
         self._handles: dict[int, Any] = {}
+        self._details: dict[int, _Detail] = {}
         self._samples = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -134,13 +146,23 @@ class Sampler:
         seen.cpu_s = times.user + times.system
         if not self.memory:
             return 0
+        seen.rss = max(seen.rss, _high_water(handle.pid))
+        return self._detailed(handle, seen, title)
+
+    def _detailed(self, handle: Any, seen: Process, title: str) -> int:
+        """Note USS, PSS and what is shared; return the PSS.
+
+        The kernel walks all pages for them, so a process whose RSS stands still is asked seldom.
+        """
+        moment, rss = time.monotonic(), handle.memory_info().rss
+        before = self._details.get(handle.pid)
+        if before and abs(rss - before.rss) < DETAIL_BYTES and moment - before.at < DETAIL_S:
+            return before.pss
         now = handle.memory_full_info()
-        if now.rss > seen.rss:
-            seen.shared = now.shared
-        seen.rss = max(seen.rss, now.rss, _high_water(handle.pid))
+        self._details[handle.pid] = _Detail(moment, rss, now.pss)
         seen.pss = max(seen.pss, now.pss)
         if now.uss > seen.uss:
-            seen.uss, seen.peak_title = now.uss, title[:120]
+            seen.uss, seen.shared, seen.peak_title = now.uss, now.rss - now.uss, title[:120]
         return int(now.pss)
 
 
@@ -155,10 +177,11 @@ def _high_water(pid: int) -> int:
 
 def _psutil() -> Any:
     try:
-        import psutil
+        import psutil  # type: ignore[import-untyped]
     except ImportError as error:
         raise UsageError(
-            "The benchmark needs the package 'psutil', which is not installed: pip install psutil"
+            "The benchmark needs the package 'psutil', which is not installed. "
+            "Install the extra 'benchmark': pip install 'denoise-jobs[benchmark]'"
         ) from error
     return psutil
 
@@ -196,7 +219,7 @@ def run_denoise(
     run = json.loads((output / "run.json").read_text())
     rows = [
         row
-        for part in results.iter_rows(LocalStorage(), str(output), columns=ROW_COLUMNS)
+        for part in results.iter_rows(LocalStorage(), str(output), columns=list(ROW_COLUMNS))
         for row in part.to_pylist()
     ]
     return JobRun(started_at, seconds, run, rows, watched)
@@ -208,19 +231,16 @@ def watch(command: Sequence[str], *, every_s: float, memory: bool) -> tuple[Watc
     Without RAY_ADDRESS: what is measured is this machine. Raises RunFailed on an exit code but 0.
     """
     environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
-    started = time.monotonic()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as job:
-        sampler = Sampler(job.pid, every_s=every_s, memory=memory)
-        sampler.start()
-        tail = ""
-        assert job.stdout is not None
-        for line in job.stdout:
-            tail = (tail + line)[-3000:]
-        code = job.wait()
-        seconds = time.monotonic() - started
-        watched = sampler.stop()
+    with tempfile.TemporaryFile() as log:
+        started = time.monotonic()
+        with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as job:
+            sampler = Sampler(job.pid, every_s=every_s, memory=memory)
+            sampler.start()
+            code = job.wait()
+            seconds = time.monotonic() - started
+            watched = sampler.stop()
+        log.seek(0)
+        tail = log.read().decode(errors="replace")[-3000:]
     if code != 0:
         raise RunFailed(f"{' '.join(command)} ended with {code}:\n{tail}")
     return watched, seconds

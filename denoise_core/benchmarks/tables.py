@@ -1,8 +1,8 @@
 """Results as Markdown and JSON, with the machine, the versions and the command beside the figures.
 
-    DIR/NAME.md      tables for people
-    DIR/NAME.json    every figure, unrounded
-    DIR/benchmark.md all of one `all` run
+DIR/NAME.md      tables for people
+DIR/NAME.json    every figure, unrounded
+DIR/benchmark.md all of one `all` run
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ which carries a blind model to noise levels it was not trained on (Mohan et al.,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 
@@ -75,6 +76,6 @@ def mflop_per_pixel(
     for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
         passes = 1 if level == len(widths) - 1 else 2
         total += passes * count * 2 * 2.0 * 9 * width * width / 4**level
-    for level, (width, deeper) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for level, (width, deeper) in enumerate(pairwise(widths)):
         total += 2 * 2.0 * 4 * width * deeper / 4 ** (level + 1)
     return total / 1e6

@@ -1,53 +1,38 @@
-"""Bulk denoising on Ray Data: plan, run the stages, collect rows, publish.
+"""Bulk denoising: plan, run the stages, collect rows, publish.
 
 The driver lists, keeps the lock and the journal, and shows progress. It never holds a pixel and
-never imports TensorFlow.
+never imports TensorFlow; it imports and starts Ray only when there is work.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import ray
-import ray.data
 
 from denoise_core import results, worklist
-from denoise_core.checkpoints import Checkpoint, load_checkpoint
-from denoise_core.config import DenoiseConfig, as_dict, parse_actors, pixel_hash
+from denoise_core.checkpoints import Checkpoint, load_checkpoint, shipped_names
+from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import resolve_geometry
-from denoise_core.errors import ImageError, RunFailed, StorageError, UsageError
-from denoise_core.lock import output_lock
-from denoise_core.pipelines.stages import (
-    Denoise,
-    Expand,
-    Facts,
-    Job,
-    Ledger,
-    Read,
-    Write,
-    now,
-    publish_image,
-)
-from denoise_core.storage import Storage, StorageOptions, expand, join, storage_for
+from denoise_core.errors import ObjectNotFound, UsageError
+from denoise_core.lock import Lock, output_lock
+from denoise_core.pipelines.job import Facts, Job, now
+from denoise_core.report import build_report
+from denoise_core.storage import LocalStorage, Storage, StorageOptions, expand, join, storage_for
+from denoise_core.storage.local import to_path
 
 # A shard of rows is written when this many seconds or rows have gathered.
 FLUSH_S = 1.0
 FLUSH_ROWS = 2_000
-# Source bytes of the images that share one read task: small ones travel together.
-TASK_BYTES = 4_000_000
-TASK_IMAGES = 32
-# A run without any finished row for this long, beyond one image's own limit, is stuck.
-NO_PROGRESS_S = 600
 
 
 @dataclass(slots=True)
@@ -76,7 +61,7 @@ class Totals:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended."""
+    """How a run ended. `unreferenced` images have no usable image under --reference."""
 
     run_id: str
     totals: Totals
@@ -84,6 +69,7 @@ class Outcome:
     dry_run: bool = False
     listed: list[str] = field(default_factory=list)
     worst_failures: list[Facts] = field(default_factory=list)
+    unreferenced: int = 0
 
 
 class Watcher:
@@ -96,12 +82,16 @@ class Watcher:
         """Tell of progress; called at least once a second."""
 
 
-def run_denoising(config: DenoiseConfig, *, watcher: Watcher) -> Outcome:
+def run_denoising(
+    config: DenoiseConfig, *, watcher: Watcher, start_ray: Callable[[], None] | None = None
+) -> Outcome:
     """Denoise `config.inputs` to `config.output`.
 
-    Ray must be initialised. Raises UsageError for settings that cannot work, OutputLocked where
-    another run holds the output, RunFailed where this one cannot go on.
+    `start_ray` is called when there is work; without it Ray must be initialised. Raises UsageError
+    for settings that cannot work, OutputLocked where another run holds the output, RunFailed
+    where this one cannot go on.
     """
+    config = absolute(config)
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
     storage = storage_for(config.output, options)
     checkpoint = load_checkpoint(config.model)
@@ -110,10 +100,27 @@ def run_denoising(config: DenoiseConfig, *, watcher: Watcher) -> Outcome:
     _refuse_circular(config)
     if config.dry_run:
         return _dry_run(job, storage)
-    with output_lock(storage, config.output, run_id=run_id) as taken_from:
-        if taken_from:
-            watcher.note(f"Took over the lock of run {taken_from}, which is dead.")
-        return _Run(job, checkpoint, storage, watcher).run()
+    _refuse_foreign(storage, config.output)
+    with output_lock(storage, config.output, run_id=run_id) as lock:
+        if lock.taken_from:
+            watcher.note(f"Took over the lock of run {lock.taken_from}, which is dead.")
+        return _Run(job, checkpoint, storage, watcher, lock, start_ray or (lambda: None)).run()
+
+
+def absolute(config: DenoiseConfig) -> DenoiseConfig:
+    """Make local paths absolute: workers have other working directories than the driver."""
+
+    def whole(uri: str) -> str:
+        local = isinstance(storage_for(uri), LocalStorage)
+        return os.path.abspath(to_path(uri)) if local else uri
+
+    return replace(
+        config,
+        inputs=tuple(whole(uri) for uri in config.inputs),
+        output=whole(config.output),
+        reference=whole(config.reference) if config.reference else None,
+        model=config.model if config.model in shipped_names() else os.path.abspath(config.model),
+    )
 
 
 def _make_job(
@@ -134,12 +141,22 @@ def _make_job(
 
 
 def _refuse_circular(config: DenoiseConfig) -> None:
+    own = worklist.Own(config.output)
     for uri in config.inputs:
-        if worklist.is_own(config.output, uri):
+        if own.holds(uri):
             raise UsageError(
                 f"INPUT {uri} lies among the outputs of --output {config.output}: "
                 "name another output."
             )
+
+
+def _refuse_foreign(storage: Storage, out: str) -> None:
+    """Refuse an OUT whose `images` came from elsewhere: a run would hide or overwrite them."""
+    if storage.stat(join(out, "run.json")) is None and worklist.outputs_present(storage, out):
+        raise UsageError(
+            f"--output {out}: its folder 'images' holds files of no earlier run; name another "
+            "--output, or move them away."
+        )
 
 
 def _listing(job: Job) -> Iterator[Any]:
@@ -163,13 +180,29 @@ def _planner(job: Job, storage: Storage) -> worklist.Planner:
     return worklist.Planner(job.config, job.config_hash, done, present)
 
 
-def _dry_run(job: Job, storage: Storage) -> Outcome:
+def _plan(job: Job, storage: Storage) -> tuple[worklist.Counts, Iterator[worklist.Planned]]:
+    """Return counts that grow as the iterator goes. Raises UsageError where there is no input."""
     planner = _planner(job, storage)
+
+    def items() -> Iterator[worklist.Planned]:
+        try:
+            yield from planner.plan(_listing(job))
+        except ObjectNotFound as error:
+            raise UsageError(f"INPUT {error}") from error
+        if planner.counts.listed == 0:
+            raise UsageError(
+                f"No inputs found in {', '.join(job.config.inputs)}: "
+                "check the path, --include and --exclude."
+            )
+
+    return planner.counts, items()
+
+
+def _dry_run(job: Job, storage: Storage) -> Outcome:
+    counts, items = _plan(job, storage)
     listed = [
-        (item.item if isinstance(item, worklist.Refusal) else item).source_uri
-        for item in planner.plan(_listing(job))
+        (item.item if isinstance(item, worklist.Refusal) else item).source_uri for item in items
     ]
-    counts = planner.counts
     totals = Totals(to_do=counts.to_do, skipped=counts.skipped, failed=counts.refused)
     return Outcome(job.run_id, totals, True, dry_run=True, listed=listed)
 
@@ -178,44 +211,74 @@ class _Run:
     """One run's state on the driver."""
 
     def __init__(
-        self, job: Job, checkpoint: Checkpoint, storage: Storage, watcher: Watcher
+        self,
+        job: Job,
+        checkpoint: Checkpoint,
+        storage: Storage,
+        watcher: Watcher,
+        lock: Lock,
+        start_ray: Callable[[], None],
     ) -> None:
         self.job, self.checkpoint, self.storage, self.watcher = job, checkpoint, storage, watcher
+        self.lock, self.start_ray = lock, start_ray
         self.out = job.config.output
         self.journal = results.Journal(storage, self.out, run_id=job.run_id)
         self.totals = Totals()
         self.failures: list[Facts] = []
         self.taken: set[str] = set()
         self.partial: dict[str, dict[int, Facts]] = {}
-        self.assembling: list[Any] = []
         self.unreferenced = 0
         self.started = time.monotonic()
         self.flushed = time.monotonic()
 
     def run(self) -> Outcome:
         """Plan, work, publish. The journal is flushed and published however it ends."""
-        self.storage.delete(join(self.out, "_SUCCESS"))
+        self._sweep("work")
         shards = self._plan()
+        if self.totals.to_do or self.storage.stat(join(self.out, "run.json")) is None:
+            self._do(shards)
+        else:
+            # What a run killed in its last moments left unmerged.
+            results.publish(self.storage, self.out, run_id=self.job.run_id)
+        within = self.totals.error_rate() <= self.job.config.max_error_rate
+        success = join(self.out, "_SUCCESS")
+        if not within:
+            self.storage.delete(success)
+        elif self.storage.stat(success) is None:
+            self.storage.write(success, b"")
+        return Outcome(
+            self.job.run_id,
+            self.totals,
+            within,
+            worst_failures=self.failures[:5],
+            unreferenced=self.unreferenced,
+        )
+
+    def _do(self, shards: list[str]) -> None:
+        self.storage.delete(join(self.out, "_SUCCESS"))
         self._write_run_json(finished=False)
         try:
             if shards:
                 self._work(shards)
-            self._finish_assembly(wait=True)
         finally:
             self.journal.flush()
             self._tick(force=True)
             results.publish(self.storage, self.out, run_id=self.job.run_id)
-        for uri in shards:
-            self.storage.delete(uri)
-        within = self.totals.error_rate() <= self.job.config.max_error_rate
+        self._sweep("work")
+        self._sweep("regions")
         self._write_run_json(finished=True)
-        if within:
-            self.storage.write(join(self.out, "_SUCCESS"), b"")
-        return Outcome(self.job.run_id, self.totals, within, worst_failures=self.failures[:5])
+        build_report(self.out, self.job.options)
+
+    def _sweep(self, folder: str) -> None:
+        """Delete what is of no use once a run is over; killed runs leave some."""
+        try:
+            for entry in list(self.storage.list(join(self.out, ".denoise", folder))):
+                self.storage.delete(entry.uri)
+        except ObjectNotFound:
+            return
 
     def _plan(self) -> list[str]:
-        planner = _planner(self.job, self.storage)
-        items = planner.plan(_listing(self.job))
+        counts, items = _plan(self.job, self.storage)
         shards = []
         for uri, refusals in worklist.write_shards(
             self.storage, self.out, items, run_id=self.job.run_id
@@ -223,15 +286,9 @@ class _Run:
             shards += [uri] if uri else []
             for refusal in refusals:
                 self._take(self._refused(refusal))
-        counts = planner.counts
         self.totals.to_do = counts.to_do + counts.refused
         self.totals.skipped, self.totals.old_failures = counts.skipped, counts.old_failures
         self.mean_bytes = counts.bytes_to_do / max(1, counts.to_do)
-        if counts.listed == 0:
-            raise UsageError(
-                f"No inputs found in {', '.join(self.job.config.inputs)}: "
-                "check the path, --include and --exclude."
-            )
         return shards
 
     def _refused(self, refusal: worklist.Refusal) -> Facts:
@@ -248,50 +305,40 @@ class _Run:
         }
 
     def _work(self, shards: list[str]) -> None:
-        ledger = Ledger.remote()
-        dataset = build_dataset(
+        self.start_ray()
+        # Only now: Ray Data takes seconds to import, and a run without work needs none of it.
+        from denoise_core.pipelines.flow import Flow
+
+        flow = Flow(
             self.job,
             shards,
-            ledger,
             model=self.job.config.model,
             mean_bytes=self.mean_bytes,
             images=self.totals.to_do,
         )
-        try:
-            for batch in dataset.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                for text in batch["facts"].to_pylist():
-                    self._take(json.loads(text))
-                self._finish_assembly(wait=False)
-                self._tick()
-        except ray.exceptions.RayError as error:
-            raise RunFailed(f"Ray could not go on: {_last_line(error)}") from error
+        for facts in flow:
+            if facts is not None:
+                whole = self._take(facts)
+                if whole is not None:
+                    flow.assemble(whole)
+            self._tick()
 
-    def _take(self, facts: Facts) -> None:
+    def _take(self, facts: Facts) -> Facts | None:
+        """Note what is finished; return an image whose regions are all there, to be assembled."""
         if facts["image_id"] in self.taken:
             # Machines that are lost leave some rows to be made twice; the first counts.
-            return
+            return None
         if facts["regions"] > 1 and "error_type" not in facts:
             regions = self.partial.setdefault(facts["image_id"], {})
             regions[facts["region"]] = facts
-            if len(regions) == facts["regions"]:
-                merged = merge_regions(list(self.partial.pop(facts["image_id"]).values()))
-                self.assembling.append(assemble_image.remote(self.job, merged))
-            return
+            if len(regions) < facts["regions"]:
+                return None
+            return merge_regions(list(self.partial.pop(facts["image_id"]).values()))
         self.taken.add(facts["image_id"])
         self.partial.pop(facts["image_id"], None)
         self._count(facts)
         self.journal.append(to_row(self.job, facts))
-
-    def _finish_assembly(self, *, wait: bool) -> None:
-        while self.assembling:
-            ready, self.assembling = ray.wait(self.assembling, timeout=1.0 if wait else 0)
-            for facts in ray.get(ready):
-                self._take(facts)
-            self._tick()
-            if not wait and not ready:
-                return
+        return None
 
     def _count(self, facts: Facts) -> None:
         totals = self.totals
@@ -311,6 +358,7 @@ class _Run:
     def _tick(self, *, force: bool = False) -> None:
         moment = time.monotonic()
         self.totals.seconds = moment - self.started
+        self.lock.check()
         rows = len(self.journal.waiting)
         if force or moment - self.flushed >= FLUSH_S or rows >= FLUSH_ROWS:
             self.journal.flush()
@@ -347,101 +395,6 @@ class _Run:
         }
         data = json.dumps(content, indent=1).encode()
         self.storage.write(join(self.out, "run.json"), data)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one actor asks of Ray, and the threads that TensorFlow may use in it."""
-
-    actors: tuple[int, int]
-    cpus: float
-    gpus: float
-    threads: int | None
-
-
-def choose_resources(config: DenoiseConfig, cluster: dict[str, float]) -> Resources:
-    """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
-
-    On CPUs the actors ask for half of the cores in total, so that reading and writing never
-    starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
-    request unequal to a task's: Ray Data fuses equal neighbours, and decoding would wait for the
-    model.
-    """
-    cpus, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
-    wanted = parse_actors(config.actors)
-    share = None if config.gpus_per_actor == "auto" else float(config.gpus_per_actor)
-    if share is not None and share > gpus:
-        raise UsageError(
-            f"--gpus-per-actor {share:g}: the cluster has {gpus:g} GPU(s). Use 'auto' for CPUs."
-        )
-    if gpus > 0 and share != 0.0:
-        share = share or 1.0
-        return Resources(wanted or (1, max(1, int(gpus / share))), 1.0, share, None)
-    count = wanted or ((min(cpus, 2),) * 2 if cpus <= 4 else (cpus // 4,) * 2)
-    threads = max(1, cpus // count[1])
-    return Resources(count, max(0.01, round(0.5 * cpus / count[1], 2) - 0.01), 0.0, threads)
-
-
-def build_dataset(
-    job: Job, shards: list[str], ledger: Any, *, model: str, mean_bytes: float, images: int
-) -> ray.data.Dataset:
-    """Return the lazy pipeline from work-list shards to rows of facts."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    context.execution_options.verbose_progress = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
-    context.execution_no_progress_timeout_s = int(NO_PROGRESS_S + job.config.timeout_per_image)
-    config = job.config
-    resources = choose_resources(config, ray.cluster_resources())
-    together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
-    # With few images, smaller tasks keep every actor busy.
-    together = max(1, min(together, images // (4 * resources.actors[1]) or 1))
-    task = {"num_cpus": 0.5}
-    dataset = ray.data.from_items(
-        [{"shard": uri} for uri in shards], override_num_blocks=len(shards)
-    )
-    dataset = dataset.flat_map(_ReadShard(job), **task)
-    dataset = dataset.repartition(target_num_rows_per_block=together)
-    dataset = dataset.map_batches(
-        Expand(job, ledger), batch_format="pyarrow", batch_size=None, **task
-    )
-    dataset = dataset.map_batches(
-        Read(job, ledger), batch_format="pyarrow", batch_size=None, **task
-    )
-    dataset = dataset.map_batches(
-        Denoise,
-        fn_constructor_args=(job, ledger),
-        fn_constructor_kwargs={
-            "model": model,
-            "threads": resources.threads,
-            "use_gpu": resources.gpus > 0,
-        },
-        batch_format="pyarrow",
-        batch_size=max(together, 1),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.actors[0], max_size=resources.actors[1]
-        ),
-    )
-    return dataset.map_batches(Write(job, ledger), batch_format="pyarrow", batch_size=None, **task)
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadShard:
-    job: Job
-
-    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        storage = storage_for(row["shard"], self.job.options)
-        rows: list[dict[str, Any]] = worklist.read_shard(storage, row["shard"]).to_pylist()
-        return rows
 
 
 def to_row(job: Job, facts: Facts) -> results.Row:
@@ -505,18 +458,3 @@ def merge_regions(regions: list[Facts]) -> Facts:
     merged["mean_shift"] = (weights @ shifts).tolist()
     merged["attempts"] = max(facts["attempts"] for facts in regions)
     return merged
-
-
-@ray.remote(num_cpus=0.5, max_retries=3)
-def assemble_image(job: Job, facts: Facts) -> Facts:
-    """Stream the staged regions of one image to a tiled TIFF and publish it in one atomic step."""
-    facts = {**facts, "regions": 1, "region_count": facts["regions"]}
-    try:
-        facts["metadata_lost"] = list(publish_image(job, facts))
-    except (ImageError, StorageError) as error:
-        facts |= {
-            "error_stage": "write",
-            "error_type": type(error).__name__,
-            "error_message": str(error),
-        }
-    return {**facts, "finished_at": now()}

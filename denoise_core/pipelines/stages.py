@@ -11,33 +11,33 @@ import faulthandler
 import io
 import json
 import signal
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import ray
 
 from denoise_core import metrics
-from denoise_core.config import DenoiseConfig, parse_data_range
-from denoise_core.denoiser import Denoiser, Geometry, Part
+from denoise_core.config import parse_data_range
+from denoise_core.denoiser import Denoiser, Part
 from denoise_core.errors import (
     ImageError,
     ImageTimeout,
     StorageError,
+    UsageError,
     WorkerDied,
 )
 from denoise_core.images import (
     DecodedImage,
+    ImageHeader,
     ImageMetadata,
     data_range,
     decode,
@@ -45,40 +45,25 @@ from denoise_core.images import (
     read_header,
     read_metadata,
     read_window,
+    rescale,
     to_dtype,
 )
-from denoise_core.storage import StorageOptions, join, storage_for
+from denoise_core.images.values import BIT_DEPTHS, UNIT_SHARE
+from denoise_core.pipelines.job import Facts, Job, now
+from denoise_core.storage import join, storage_for
 from denoise_core.tiling import Region
 
 Array = np.ndarray
-Facts = dict[str, Any]
 
 BUFFERS = ("pixels", "denoised", "alpha", "metadata")
 TABLE_SCHEMA = pa.schema([("facts", pa.string()), *((name, pa.large_binary()) for name in BUFFERS)])
 
 # A TIFF below this many pixels is one region even where its tiles could be read one by one.
 REGION_FROM_PIXELS = 36_000_000
+# Pixels that the actor holds as floats at a time, beyond those of one region.
+GROUP_PIXELS = 8_000_000
 # A watchdog ends the process itself this many times the limit after the polite time-out failed.
 HARD_TIMEOUT = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What every stage of one run needs to know. Picklable; holds no credential."""
-
-    config: DenoiseConfig
-    run_id: str
-    options: StorageOptions
-    geometry: Geometry
-    model_id: str
-    model_hash: str
-    config_hash: str
-    copy_below: float
-
-    def staging(self, facts: Facts, name: str) -> str:
-        """URI of one region's file between its writer and the assembly of its image."""
-        work = f"{facts['image_id']}-{self.config_hash}-{facts['source_fingerprint']}"
-        return join(self.config.output, ".denoise", "regions", work, name)
 
 
 @dataclass(slots=True)
@@ -127,18 +112,25 @@ def to_items(table: pa.Table) -> Iterator[Item]:
         yield Item(json.loads(table["facts"][index].as_py()), **buffers)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Ledger:
-    """Counts how often work on an image was begun and not ended: attempts that killed a worker."""
+    """Counts how often work on an image was begun and not ended: attempts that killed a worker.
+
+    Where its own machine is lost it begins anew, and so do the counts.
+    """
 
     def __init__(self) -> None:
         self.open: dict[str, int] = {}
+
+    def opened(self, keys: list[str]) -> list[int]:
+        """Return how many times each was started without an end."""
+        return [self.open.get(key, 0) for key in keys]
 
     def begin(self, keys: list[str]) -> list[int]:
         """Note the start of work; return how many times each was started without an end."""
         for key in keys:
             self.open[key] = self.open.get(key, 0) + 1
-        return [self.open[key] for key in keys]
+        return self.opened(keys)
 
     def end(self, keys: list[str]) -> None:
         """Note that the worker outlived the work."""
@@ -163,7 +155,7 @@ def deadline(seconds: float, name: str) -> Iterator[None]:
     previous = signal.signal(signal.SIGALRM, expire) if main else None
     if main:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(seconds * HARD_TIMEOUT + 5, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds * HARD_TIMEOUT + 5, exit=True, file=2)
     try:
         yield
     finally:
@@ -185,24 +177,32 @@ class Guard:
         """The ledger's name for this stage's work on a region."""
         return f"{self.stage}:{facts['image_id']}:{facts.get('region', 0)}"
 
-    def begin(self, items: list[Item]) -> None:
-        """Count the attempts; mark those that have used up theirs as failed."""
-        attempts = ray.get(self.ledger.begin.remote([self.key(item.facts) for item in items]))
-        for item, count in zip(items, attempts, strict=True):
-            item.facts["attempts"] = max(count, item.facts.get("attempts", 1))
-            if count > self.job.config.max_attempts:
-                item.facts["attempts"] = self.job.config.max_attempts
-                self.fail(
-                    item,
-                    WorkerDied(
-                        f"the worker died {self.job.config.max_attempts} times at this image, in "
-                        f"stage {self.stage}; look at the image alone, or at the workers' memory."
-                    ),
-                )
+    def sort(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+        """Return those at which no worker has died yet, and those at which one has."""
+        counts = ray.get(self.ledger.opened.remote([self.key(item.facts) for item in items]))
+        pairs = list(zip(items, counts, strict=True))
+        return [item for item, died in pairs if not died], [item for item, died in pairs if died]
 
-    def end(self, items: list[Item]) -> None:
-        """Tell the ledger that this process outlived the items."""
-        self.ledger.end.remote([self.key(item.facts) for item in items])
+    @contextmanager
+    def attempt(self, items: list[Item]) -> Iterator[list[Item]]:
+        """Count an attempt at each item; yield those that have not used up theirs.
+
+        The ledger hears of the end whatever the body raises: this process has outlived it.
+        """
+        keys = [self.key(item.facts) for item in items]
+        most = self.job.config.max_attempts
+        for item, count in zip(items, ray.get(self.ledger.begin.remote(keys)), strict=True):
+            item.facts["attempts"] = min(most, max(count, item.facts.get("attempts", 1)))
+            if count > most:
+                text = (
+                    f"the worker died {most} times at this image, in stage {self.stage}; look at "
+                    "the image alone, or at the workers' memory."
+                )
+                self.fail(item, WorkerDied(text))
+        try:
+            yield [item for item in items if not item.failed]
+        finally:
+            self.ledger.end.remote(keys)
 
     def fail(self, item: Item, error: Exception) -> None:
         """Note an error in the facts and drop the pixels."""
@@ -214,27 +214,28 @@ class Guard:
         item.pixels = item.denoised = item.alpha = item.metadata = None
 
     @contextmanager
-    def catch(self, items: list[Item]) -> Iterator[None]:
-        """Turn an image's error in the body into facts and add the time to each item's."""
+    def timed(self, items: list[Item]) -> Iterator[None]:
+        """Bound the time of the body and share it out among the items."""
         started = time.perf_counter()
-        seconds = self.job.config.timeout_per_image * len(items)
         try:
-            with deadline(seconds, items[0].facts["path"]):
+            with deadline(self.job.config.timeout_per_image * len(items), items[0].facts["path"]):
                 yield
-        except (ImageError, StorageError) as error:
+        finally:
+            spent = (time.perf_counter() - started) * 1e3 / len(items)
             for item in items:
-                self.fail(item, error)
+                item.facts[f"{self.stage}_ms"] = round(spent, 3)
+
+    @contextmanager
+    def catch(self, item: Item) -> Iterator[None]:
+        """Turn an image's error in the body into facts; a bug goes through."""
+        try:
+            with self.timed([item]):
+                yield
+        except (ImageError, StorageError, UsageError) as error:
+            self.fail(item, error)
         except MemoryError as error:
-            for item in items:
-                self.fail(item, ImageError(f"not enough memory ({error}); use a tiled TIFF."))
-        spent = (time.perf_counter() - started) * 1e3 / len(items)
-        for item in items:
-            item.facts[f"{self.stage}_ms"] = round(spent, 3)
-
-
-def now() -> str:
-    """The time as ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat()
+            text = f"{item.facts['path']}: not enough memory ({error}); make it a tiled TIFF."
+            self.fail(item, ImageError(text))
 
 
 class Expand:
@@ -246,16 +247,23 @@ class Expand:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Map rows of WORK_SCHEMA to rows of TABLE_SCHEMA."""
         for row in table.to_pylist():
-            item = Item({**row, "started_at": now(), "regions": 1, "region": 0})
+            first = {"started_at": now(), "regions": 1, "region": 0, "attempts": 1}
+            item = Item({**row, **first})
             items = [item]
-            with self.guard.catch(items):
-                items = self._regions(item)
+            if self._may_be_large(item.facts):
+                with self.guard.attempt(items) as todo:
+                    for item in todo:
+                        with self.guard.catch(item):
+                            items = self._regions(item)
             yield from map(to_table, items)
+
+    def _may_be_large(self, facts: Facts) -> bool:
+        # Only a TIFF can be written in pieces.
+        kept = self.job.config.format in ("preserve", "tiff")
+        return kept and facts["path"].lower().endswith((".tif", ".tiff"))
 
     def _regions(self, item: Item) -> list[Item]:
         facts = item.facts
-        if not facts["path"].lower().endswith((".tif", ".tiff")):
-            return [item]
         storage = storage_for(facts["source_uri"], self.job.options)
         with storage.open(facts["source_uri"]) as file:
             try:
@@ -263,13 +271,41 @@ class Expand:
             except ImageError:
                 # The read stage meets the same error and has the whole file to explain it.
                 return [item]
-        pixels = header.height * header.width
-        if not header.windowed or header.format != "tiff" or pixels < REGION_FROM_PIXELS:
-            return [item]
-        size = self.job.config.region
-        count = len(self.job.geometry.regions(header.height, header.width, region=size))
-        facts |= {"regions": count, "size": [header.height, header.width]}
-        return [Item({**facts, "region": index}) for index in range(count)]
+            pixels = header.height * header.width
+            if not header.windowed or header.format != "tiff" or pixels < REGION_FROM_PIXELS:
+                return [item]
+            size = self.job.config.region
+            regions = self.job.geometry.regions(header.height, header.width, region=size)
+            if len(regions) == 1:
+                return [item]
+            facts |= {"regions": len(regions), "size": [header.height, header.width]}
+            facts["data_range"] = list(
+                parse_data_range(self.job.config.data_range)
+                or self._range(file, header, regions, name=facts["path"])
+            )
+        return [Item({**facts, "region": index}) for index in range(len(regions))]
+
+    @staticmethod
+    def _range(
+        file: BinaryIO, header: ImageHeader, regions: list[Region], *, name: str
+    ) -> tuple[float, float]:
+        if np.dtype(header.dtype).kind == "f":
+            return float_range(file, regions, name=name)
+        return data_range(header.dtype, bits=header.bits)
+
+
+def float_range(file: BinaryIO, regions: list[Region], *, name: str) -> tuple[float, float]:
+    """Return `data_range` of a whole float image that is read region by region."""
+    inside, size, low, high = 0, 0, np.inf, -np.inf
+    for region in regions:
+        y0, y1, x0, x1 = region.core
+        pixels, _ = read_window(file, y=slice(y0, y1), x=slice(x0, x1), name=name)
+        inside += int(np.count_nonzero((pixels >= 0) & (pixels <= 1)))
+        size += pixels.size
+        low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+    if inside >= UNIT_SHARE * size:
+        return 0.0, 1.0
+    return (low, high) if high > low else (low, low + 1.0)
 
 
 class Read:
@@ -282,11 +318,10 @@ class Read:
         """Fill in `pixels`, `alpha` and `metadata`."""
         for item in to_items(table):
             if not item.failed:
-                self.guard.begin([item])
-                if not item.failed:
-                    with self.guard.catch([item]):
-                        self._read(item)
-                self.guard.end([item])
+                with self.guard.attempt([item]) as todo:
+                    for each in todo:
+                        with self.guard.catch(each):
+                            self._read(each)
             yield to_table(item)
 
     def _read(self, item: Item) -> None:
@@ -323,18 +358,16 @@ class Read:
         staged = self.job.staging(facts, f"{facts['region']:06d}.json")
         target = storage_for(self.job.config.output, self.job.options)
         if target.stat(staged) is not None:
-            facts |= json.loads(target.read(staged))
-            facts["staged"] = True
+            # What this run knows of the item itself goes before what a killed one noted.
+            done = json.loads(target.read(staged))
+            facts |= {**done, **facts, "staged": True}
             return
         height, width = facts["size"]
         region = region_of(self.job, facts)
         y0, y1, x0, x1 = region.window(height, width)
         with storage.open(facts["source_uri"]) as file:
             pixels, alpha = read_window(file, y=slice(y0, y1), x=slice(x0, x1), name=facts["path"])
-            header = read_header(file, name=facts["path"], max_pixels=1 << 62)
-        low, high = parse_data_range(self.job.config.data_range) or data_range(
-            pixels.dtype, bits=header.bits
-        )
+        low, high = facts["data_range"]
         self._note(facts, pixels, low, high, has_alpha=alpha is not None)
         facts["sigma_in"] = metrics.estimate_sigma(pixels, data_range=high - low)
         item.pixels, item.alpha = pixels, alpha
@@ -353,6 +386,22 @@ def region_of(job: Job, facts: Facts) -> Region:
     """Return the region that an item stands for."""
     size = job.config.region if facts["regions"] > 1 else None
     return job.geometry.regions(*facts["size"], region=size)[facts["region"]]
+
+
+def groups(items: list[Item]) -> Iterator[list[Item]]:
+    """Cut a list so that no group has more than GROUP_PIXELS, or it is a single item."""
+    group: list[Item] = []
+    pixels = 0
+    for item in items:
+        height, width, channels = item.facts["shape"]
+        size = height * width * max(1, channels // 3)
+        if group and pixels + size > GROUP_PIXELS:
+            yield group
+            group, pixels = [], 0
+        group.append(item)
+        pixels += size
+    if group:
+        yield group
 
 
 class Denoise:
@@ -378,46 +427,56 @@ class Denoise:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Fill in `denoised` with the core's values in the image's own dtype."""
-        items = list(to_items(table))
-        todo = [
-            i for i in items if not (i.failed or i.facts.get("copied") or i.facts.get("staged"))
-        ]
-        if todo:
-            self.guard.begin(todo)
-            todo = [item for item in todo if not item.failed]
-            # Work that once killed a worker is done alone, so that its neighbours come out.
-            suspects = [item for item in todo if item.facts["attempts"] > 1]
-            fresh = [item for item in todo if item.facts["attempts"] <= 1]
-            for group in (*([item] for item in suspects), fresh):
-                self._denoise(group)
-            self.guard.end(todo)
-        for item in items:
-            yield to_table(item)
+        todo = []
+        for item in to_items(table):
+            if item.failed or item.facts.get("copied") or item.facts.get("staged"):
+                yield to_table(item)
+            else:
+                todo.append(item)
+        fresh, suspects = self.guard.sort(todo) if todo else ([], [])
+        # Work that once killed a worker is done alone, so that its neighbours come out.
+        for group in (*groups(fresh), *([item] for item in suspects)):
+            with self.guard.attempt(group) as left:
+                self._denoise(left)
+            for item in group:
+                yield to_table(item)
 
     def _denoise(self, items: list[Item]) -> None:
-        if not items:
-            return
-        with self.guard.catch(items):
-            parts = [self._part(item) for item in items]
-            for item, part, values in zip(
-                items, parts, self.denoiser.denoise_parts(parts), strict=True
-            ):
-                low, high = part.low, part.high
-                item.denoised = to_dtype(values, item.facts["dtype"], low, high)
-                patches = len(part.region.patches)
-                item.facts |= {
-                    "core_shape": list(values.shape),
-                    "patches": patches,
-                    "device": self.denoiser.device,
-                    "precision": self.denoiser.precision,
-                }
+        """Denoise together; where that fails each alone, so that only the culprit fails."""
+        if len(items) > 1:
+            try:
+                with self.guard.timed(items):
+                    self._predict(items)
+                return
+            except (ImageError, StorageError, MemoryError):
+                pass
+        for item in items:
+            with self.guard.catch(item):
+                self._predict([item])
+
+    def _predict(self, items: list[Item]) -> None:
+        parts = [self._part(item) for item in items]
+        try:
+            results = self.denoiser.denoise_parts(parts)
+        except Exception as error:
+            if type(error).__name__ != "ResourceExhaustedError":
+                raise
+            raise MemoryError("on the device: use a smaller --batch-size or --patch") from None
+        for item, part, values in zip(items, parts, results, strict=True):
+            item.denoised = values
+            item.facts |= {
+                "core_shape": list(values.shape),
+                "patches": len(part.region.patches),
+                "device": self.denoiser.device,
+                "precision": self.denoiser.precision,
+            }
 
     def _part(self, item: Item) -> Part:
         facts = item.facts
         region = region_of(self.job, facts)
         y0, _, x0, _ = region.window(*facts["size"])
         low, high = facts["data_range"]
-        return Part(item.array("pixels"), region, (y0, x0), low, high)
+        return Part(item.array("pixels"), region, (y0, x0), low, high, facts["dtype"])
 
 
 class Write:
@@ -432,11 +491,10 @@ class Write:
         facts = []
         for item in to_items(table):
             if not (item.failed or item.facts.get("staged")):
-                self.guard.begin([item])
-                if not item.failed:
-                    with self.guard.catch([item]):
-                        self._write(item)
-                self.guard.end([item])
+                with self.guard.attempt([item]) as todo:
+                    for each in todo:
+                        with self.guard.catch(each):
+                            self._write(each)
             item.facts["finished_at"] = now()
             item.facts["node_id"] = ray.get_runtime_context().get_node_id()
             facts.append(json.dumps(item.facts))
@@ -464,10 +522,11 @@ class Write:
                 compression=config.compression,
                 value_range=tuple(facts["data_range"]),
             )
-        self.output.write(facts["output_uri"], data)
         facts["metadata_lost"] = list(lost)
         facts |= self._measures(facts, noisy, denoised)
         facts |= self._against_reference(facts, noisy, denoised)
+        # Last, so that a failed row never leaves an image behind.
+        self.output.write(facts["output_uri"], data)
 
     def _measures(self, facts: Facts, noisy: Array, denoised: Array) -> Facts:
         low, high = facts["data_range"]
@@ -533,9 +592,8 @@ class Write:
         y0, y1, x0, x1 = region.core
         top, _, left, _ = region.window(*facts["size"])
         core = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-        samples = denoised
-        if item.alpha is not None:
-            samples = np.dstack([denoised, item.array("alpha")[core]])
+        alpha = item.array("alpha")[core] if item.alpha is not None else None
+        samples = self._samples(facts, denoised, alpha)
         buffer = io.BytesIO()
         np.save(buffer, samples, allow_pickle=False)
         self.output.write(self.job.staging(facts, f"{facts['region']:06d}.npy"), buffer.getbuffer())
@@ -543,6 +601,21 @@ class Write:
         # The marker comes last: a region with it is finished, whatever happens afterwards.
         marker = json.dumps({k: v for k, v in facts.items() if k not in ("started_at",)}).encode()
         self.output.write(self.job.staging(facts, f"{facts['region']:06d}.json"), marker)
+
+    def _samples(self, facts: Facts, denoised: Array, alpha: Array | None) -> Array:
+        """Return channels and alpha in the output's dtype."""
+        dtype = output_dtype(self.job, facts["dtype"])
+        if dtype != denoised.dtype:
+            low, high = facts["data_range"]
+            if alpha is not None:
+                alpha = rescale(alpha, dtype, source=data_range(alpha.dtype))
+            denoised = rescale(denoised, dtype, source=(low, high))
+        return denoised if alpha is None else np.dstack([denoised, alpha])
+
+
+def output_dtype(job: Job, dtype: str) -> np.dtype[Any]:
+    """Return the dtype that the settings make of an image's own."""
+    return np.dtype(BIT_DEPTHS.get(job.config.bit_depth, dtype))
 
 
 def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
@@ -571,7 +644,14 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
         pieces.append(Piece(y0, x0, y1 - y0, x1 - x0, partial(load, uri)))
     with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
         path = Path(folder) / "image.tif"
-        lost = assemble_tiff(pieces, path=path, header=header, metadata=metadata)
+        lost = assemble_tiff(
+            pieces,
+            path=path,
+            header=header,
+            metadata=metadata,
+            dtype=output_dtype(job, header.dtype).name,
+            compression=job.config.compression,
+        )
         output.upload(path, facts["output_uri"])
     for uri in staged:
         output.delete(uri)

@@ -1,0 +1,117 @@
+"""Measure speed, quality, precision, memory and listing on this machine.
+
+    python -m jobs.benchmark throughput --output DIR [--megapixels 200] [--data PHOTOS]
+    python -m jobs.benchmark quality    --output DIR --data CLEAN [--baselines NAME,NAME]
+    python -m jobs.benchmark precision | memory | listing --output DIR
+    python -m jobs.benchmark all        --output DIR --data CLEAN,CLEAN
+
+Each writes DIR/NAME.md and DIR/NAME.json; `all` also DIR/benchmark.md.
+Exit codes: 0 measured, 1 a run failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from denoise_core.benchmarks import (
+    ListingConfig,
+    MemoryConfig,
+    PrecisionConfig,
+    QualityConfig,
+    ThroughputConfig,
+    join_results,
+    write_result,
+)
+from denoise_core.benchmarks.quality import split_words
+from denoise_core.benchmarks.tables import machine_facts
+from denoise_core.config import setting
+from jobs._cli import settings_command
+
+BENCHMARKS: dict[str, tuple[type, str]] = {
+    "throughput": (ThroughputConfig, "Mpx/s of jobs.denoise, of a plain loop, of the bare model."),
+    "quality": (QualityConfig, "PSNR and SSIM beside Mpx/s, of models and classical filters."),
+    "precision": (PrecisionConfig, "float32 against bfloat16: speed and dB."),
+    "memory": (MemoryConfig, "Peak memory of the workers: one large TIFF, and photographs."),
+    "listing": (ListingConfig, "Time and memory of planning a million images."),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllConfig:
+    """Settings of `jobs.benchmark all`; the rest as the single ones have it."""
+
+    output: str = setting(help="Folder for all tables.", metavar="DIR")
+    model: str = setting("unet-s", "A shipped model's name or a path.", metavar="NAME|PATH")
+    data: str = setting(
+        "", "Folders of clean 8-bit images, for quality and precision.", metavar="DIR[,DIR]"
+    )
+    photos: str | None = setting(None, "Photographs to make throughput's of.", metavar="DIR")
+    megapixels: float = setting(200.0, "Mpx of throughput.", metavar="MPX")
+    limit: int = setting(10, "Images for the slow baselines.", metavar="N")
+    images: int | None = setting(None, "Images for quality.", metavar="N")
+    side: int = setting(12_000, "Side of memory's TIFF.", metavar="N")
+    photo_sizes: str = setting("12,16,20,24,12,16,20,24", "Mpx of memory's photographs.")
+    names: int = setting(1_000_000, "Names of listing.", metavar="N")
+    tree: bool = setting(False, "Listing also makes a real tree.")
+
+    def single(self) -> dict[str, Any]:
+        """The settings of each benchmark."""
+        output, model = self.output, self.model
+        return {
+            "throughput": ThroughputConfig(
+                output=output, model=model, data=self.photos, megapixels=self.megapixels
+            ),
+            "quality": QualityConfig(
+                output=output, model=model, data=self.data, limit=self.limit, images=self.images
+            ),
+            "precision": PrecisionConfig(
+                output=output, model=model, data=next(iter(split_words(self.data)), None)
+            ),
+            "memory": MemoryConfig(
+                output=output, model=model, side=self.side, photos=self.photo_sizes
+            ),
+            "listing": ListingConfig(output=output, model=model, names=self.names, tree=self.tree),
+        }
+
+
+def measure(name: str, config: Any) -> Path:
+    """Run one benchmark, write and print its tables; return the Markdown file."""
+    facts = machine_facts()
+    module = importlib.import_module(f"denoise_core.benchmarks.{name}")
+    path = write_result(module.run(config), config, facts=facts)
+    click.echo(path.read_text())
+    return path
+
+
+def measure_all(config: AllConfig) -> int:
+    """Run them one after another and join their tables."""
+    paths = [measure(name, single) for name, single in config.single().items()]
+    click.echo(f"All tables: {join_results(paths, config.output)}")
+    return 0
+
+
+def _one(name: str) -> Callable[[Any], int]:
+    def run(config: Any) -> int:
+        measure(name, config)
+        return 0
+
+    return run
+
+
+@click.group(context_settings={"max_content_width": 100})
+def main() -> None:
+    """Measure speed, quality, precision, memory and listing on this machine."""
+
+
+for _name, (_settings, _help) in BENCHMARKS.items():
+    main.add_command(settings_command(_settings, _one(_name), name=_name, help=_help))
+main.add_command(settings_command(AllConfig, measure_all, name="all", help="All of them."))
+
+if __name__ == "__main__":
+    main()

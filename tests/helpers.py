@@ -1,0 +1,136 @@
+"""What the end-to-end tests share: a tiny checkpoint, pictures, a way to run the job, its rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+ARGUMENTS = {"widths": (8, 16), "blocks": (1, 1), "channels": 3}
+
+
+def make_checkpoint(folder: Path, *, seed: int = 0, break_even: float = 0.0) -> str:
+    """Write a tiny U-Net with random weights that change an image a little; return its path.
+
+    The weights are drawn by NumPy from the layers' known shapes, so that no test process needs
+    TensorFlow.
+    """
+    from denoise_core.checkpoints import save_checkpoint
+    from denoise_core.models.unet import exact_halo, total_stride
+
+    rng = np.random.default_rng(seed)
+    shapes = [
+        (3, 3, 3, 8),  # first convolution
+        (3, 3, 8, 8), (3, 3, 8, 8),  # block of the upper level
+        (2, 2, 8, 16),  # down
+        (3, 3, 16, 16), (3, 3, 16, 16),  # block of the lower level
+        (2, 2, 8, 16),  # up: transposed
+        (3, 3, 8, 8), (3, 3, 8, 8),
+        (3, 3, 8, 3),  # last convolution, zeros before training
+    ]  # fmt: skip
+    weights = [rng.normal(0, 0.5 / np.sqrt(np.prod(s[:3])), s).astype("f4") for s in shapes]
+    card = {
+        "name": f"tiny-{seed}",
+        "architecture": "unet",
+        "arguments": ARGUMENTS,
+        "default_halo": 16,
+        "exact_halo": exact_halo(**ARGUMENTS),
+        "total_stride": total_stride(**ARGUMENTS),
+        "break_even_sigma": break_even,
+    }
+    save_checkpoint(folder, weights, card)
+    return str(folder)
+
+
+def picture(
+    height: int, width: int, channels: int = 3, *, seed: int = 0, sigma: float = 20.0
+) -> np.ndarray:
+    """A smooth picture with noise of `sigma`/255: float32 (h, w, C), a little outside [0, 1]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    planes = [
+        0.5 + 0.4 * np.sin(x / (17 + 3 * c) + seed) * np.cos(y / (13 + 2 * c))
+        for c in range(channels)
+    ]
+    clean = np.stack(planes, axis=-1).astype(np.float32)
+    return clean + rng.normal(0, sigma / 255, clean.shape).astype(np.float32)
+
+
+def as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Scale [0, 1] to the dtype's range."""
+    info = np.iinfo(dtype)
+    return np.clip(np.rint(values * info.max), 0, info.max).astype(dtype)
+
+
+def rows_of(out: Path | str) -> list[dict[str, Any]]:
+    """The rows of the report table of a local OUT."""
+    parts = sorted((Path(out) / "reports" / "images").glob("part-*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def by_name(out: Path | str) -> dict[str, dict[str, Any]]:
+    """The rows by the last part of their source's name; fails where two rows share an image."""
+    rows = rows_of(out)
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return {Path(row["source_uri"]).name: row for row in rows}
+
+
+def files_below(root: Path) -> list[str]:
+    """Relative paths of all files, hidden ones too."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+
+
+def job_environment(**more: str) -> dict[str, str]:
+    """The environment of a job's process: no settings of the tester's own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DENOISE_", "RAY_ADDRESS"))}
+    return {**kept, **more}
+
+
+def start_job(*arguments: str, environment: dict[str, str] | None = None, **more: Any) -> Any:
+    """Start `python -m jobs.denoise` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.denoise", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment or job_environment(),
+        **more,
+    )
+
+
+def run_job(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run `python -m jobs.denoise` to its end; return the exit code and what it printed."""
+    process = start_job(*arguments, environment=environment)
+    text, _ = process.communicate(timeout=240)
+    assert "Traceback" not in text, text
+    return process.returncode, text
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """Every line as JSON; a line that is none fails the test."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def denoise(inputs: Any, output: Any, model: str, **settings: Any) -> Any:
+    """Run the pipeline in this process, on the Ray that is there; return its outcome.
+
+    Float32 and one actor unless `settings` say otherwise.
+    """
+    from denoise_core.config import DenoiseConfig
+    from denoise_core.pipelines.denoise import Watcher, run_denoising
+
+    paths = inputs if isinstance(inputs, list | tuple) else [inputs]
+    config = DenoiseConfig(
+        inputs=tuple(map(str, paths)),
+        output=str(output),
+        model=model,
+        **{"precision": "float32", "actors": "1", **settings},
+    )
+    return run_denoising(config, watcher=Watcher())

@@ -1,0 +1,200 @@
+"""The command line of `jobs.denoise`: precedence, suggestions, sentences. Starts no Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from denoise_core.config import DenoiseConfig
+from jobs import denoise
+from jobs._cli import settings_command
+
+
+def invoke(
+    *arguments: Any, env: dict[str, str] | None = None
+) -> tuple[int, str, list[DenoiseConfig]]:
+    """Parse only; return the exit code, the output and the settings."""
+    seen: list[DenoiseConfig] = []
+    command = settings_command(
+        DenoiseConfig, lambda config: seen.append(config) or 0, name="jobs.denoise", help="Help."
+    )
+    result = CliRunner().invoke(command, [str(each) for each in arguments], env=env)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result.exit_code, result.output, seen
+
+
+def refused(*arguments: Any, **more: Any) -> str:
+    code, text, seen = invoke(*arguments, **more)
+    assert (code, seen) == (2, []), text
+    return text
+
+
+def run(*arguments: Any) -> tuple[int, str]:
+    """Run the job itself; every use here ends before Ray."""
+    result = CliRunner().invoke(denoise.main, [str(each) for each in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoise, "start_ray", lambda: pytest.fail("Ray was started"))
+    for name in [name for name in os.environ if name.startswith("DENOISE_")]:
+        monkeypatch.delenv(name)
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('output = "file"\npatch = 512\nstrength = 0.25\nmax-error-rate = 0.5\n')
+    env = {"DENOISE_STRENGTH": "0.5", "DENOISE_PATCH": "1024"}
+    flags = ("in", "--config", file, "--patch", "128")
+    code, text, (config,) = invoke(*flags, env=env)
+    assert code == 0, text
+    assert (config.patch, config.strength) == ("128", 0.5)
+    assert (config.output, config.max_error_rate, config.halo) == ("file", 0.5, "auto")
+
+
+def test_config_file_gives_lists_switches_and_inputs(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(
+        'inputs = ["a", "b"]\noutput = "o"\nrecursive = false\ninclude = ["*.png", "*.tif"]\n'
+        'exclude = "x*"\nlimit = 3\n'
+    )
+    code, text, (config,) = invoke("--config", file)
+    assert code == 0, text
+    assert config.inputs == ("a", "b")
+    assert (config.recursive, config.limit) == (False, 3)
+    assert (config.include, config.exclude) == (("*.png", "*.tif"), ("x*",))
+    _, _, (config,) = invoke("c", "--config", file, "--recursive", "--include", "*.bmp")
+    assert (config.inputs, config.recursive, config.include) == (("c",), True, ("*.bmp",))
+
+
+@pytest.mark.parametrize("flag", ["--recursiv", "--streng", "--max-eror-rate", "--patsh"])
+def test_unknown_flag_names_the_nearest(flag: str) -> None:
+    text = refused("in", "--output", "o", f"{flag}=1")
+    nearest = {"--recursiv": "--recursive", "--streng": "--strength", "--patsh": "--patch"}
+    assert nearest.get(flag, "--max-error-rate") in text
+    assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("strenght = 1", "'strength'"),
+        ("output = [1", "not valid TOML"),
+        ("[model]\nx = 1", "model = {'x': 1}"),
+        ("limit = 'many'", "many"),
+        ("recursive = 'perhaps'", "perhaps"),
+        ("include = 5", "include"),
+        ("format = 'gif'", "gif"),
+    ],
+)
+def test_bad_config_file_is_named(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(content)
+    text = refused("in", "--output", "o", "--config", file)
+    assert said in text
+
+
+def test_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "cannot be read" in refused("in", "--output", "o", "--config", tmp_path / "none.toml")
+    assert "cannot be read" in refused("in", "--output", "o", "--config", tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'output = "\xe9"')
+    assert "TOML" in refused("in", "--output", "o", "--config", tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--strength", "2"), ("--patch", "5"), ("--halo", "-1"), ("--limit", "0"),
+        ("--batch-size", "0"), ("--actors", "2:1"), ("--region", "100"), ("--data-range", "5:1"),
+        ("--gpus-per-actor", "x"), ("--copy-below", "-3"), ("--max-error-rate", "7"),
+        ("--timeout-per-image", "0"), ("--max-attempts", "0"), ("--format", "gif"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(flags: tuple[str, str]) -> None:
+    assert flags[0] in refused("in", "--output", "o", *flags)
+
+
+def test_missing_arguments_are_named(tmp_path: Path) -> None:
+    assert "--output" in refused("in")
+    assert "INPUT" in refused("--output", "o")
+
+
+def test_paths_that_cannot_work_are_refused_and_leave_nothing(
+    tmp_path: Path, checkpoint: str
+) -> None:
+    (tmp_path / "in/images").mkdir(parents=True)
+    (tmp_path / "in/images/a.png").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    model = ("--model", checkpoint)
+
+    def sentence(*arguments: Any) -> str:
+        code, text = run(*arguments)
+        assert code == 2, text
+        assert text.startswith("Error: "), text
+        assert len(text.strip().splitlines()) == 1, text
+        return text
+
+    out = ("--output", tmp_path / "out")
+    assert "no such file or folder" in sentence(tmp_path / "none", *out, *model)
+    assert "No inputs found" in sentence(tmp_path / "empty", *out, *model)
+    assert "no file matches" in sentence(tmp_path / "in/*.gif", *out, *model)
+    assert "neither a shipped model" in sentence(tmp_path / "in", *out, "--model", "unet-z")
+    assert "ftp://" in sentence("ftp://x/y", *out, *model)
+    assert "multiple of 2" in sentence(tmp_path / "in", *out, *model, "--patch", "33")
+    inside = ("--output", tmp_path / "in")
+    assert "among the outputs" in sentence(tmp_path / "in/images", *inside, *model)
+    assert "holds files of no earlier run" in sentence(tmp_path / "in", *inside, *model)
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_ray_that_cannot_be_joined_is_one_sentence(
+    tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore text")
+
+    from jobs import _ray
+
+    (tmp_path / "a.png").write_bytes(b"x")
+    monkeypatch.setattr(denoise, "start_ray", _ray.start_ray)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:1")
+    code, text = run(tmp_path, "--output", tmp_path / "o", "--model", checkpoint)
+    assert code == 1
+    assert "RAY_ADDRESS=nowhere:1" in text
+    assert len(text.strip().splitlines()) == 1, text
+
+
+def test_fault_of_the_program_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: DenoiseConfig) -> int:
+        raise ZeroDivisionError("one\ntwo")
+
+    command = settings_command(DenoiseConfig, broken, name="x", help="x")
+    result = CliRunner().invoke(command, ["in", "--output", "o"])
+    assert result.exit_code == 1
+    assert "ZeroDivisionError: one two" in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_help_imports_neither_ray_nor_numpy() -> None:
+    code = (
+        "import sys; sys.argv = ['x', '--help']; import jobs.denoise as d\n"
+        "try: d.main()\n"
+        "except SystemExit: pass\n"
+        "bad = {'ray', 'numpy', 'tensorflow', 'pyarrow'} & set(sys.modules); assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--output" in done.stdout

@@ -1,0 +1,278 @@
+"""The denoising job when things break: killed processes, poisoned and stuck images, locks, faults.
+
+Faults are made by `worker_hook` in Ray's workers, by the image's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import psutil
+import pytest
+import tifffile
+from helpers import (
+    as_dtype,
+    by_name,
+    denoise,
+    files_below,
+    job_environment,
+    json_lines,
+    picture,
+    rows_of,
+    run_job,
+)
+
+from denoise_core import lock
+from denoise_core.errors import OutputLocked, RunFailed
+from denoise_core.images import decode
+from denoise_core.results import Done
+from denoise_core.storage import LocalStorage
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def write_pngs(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names):
+        pixels = as_dtype(picture(90, 120, 3, seed=seed), "uint8")
+        (folder / f"{name}.png").write_bytes(bytes(imagecodecs.png_encode(pixels)))
+
+
+def test_killers_and_stuck_images_fail_alone(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
+    good = [f"good-{i}" for i in range(6)]
+    poison = ["poison-read", "poison-denoise", "poison-write"]
+    write_pngs(tmp_path / "in", *good, *poison, "stuck")
+    outcome = denoise(
+        tmp_path / "in", tmp_path / "out", checkpoint, max_attempts=2, timeout_per_image=15.0
+    )
+    rows = by_name(tmp_path / "out")
+    assert outcome.totals.failed == 4
+    assert {rows[f"{name}.png"]["status"] for name in good} == {"ok"}
+    for name in poison:
+        row = rows[f"{name}.png"]
+        stage = name.removeprefix("poison-")
+        assert (row["error_type"], row["error_stage"]) == ("WorkerDied", stage)
+        assert row["attempts"] == 2
+        assert "died 2 times" in row["error_message"]
+    stuck = rows["stuck.png"]
+    assert (stuck["error_type"], stuck["error_stage"]) == ("ImageTimeout", "read")
+    assert "15 s" in stuck["error_message"]
+
+
+def test_fault_of_the_program_ends_the_run_in_one_sentence(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
+    write_pngs(tmp_path / "in", "bug")
+    with pytest.raises(RunFailed, match="a bug of ours") as caught:
+        denoise(tmp_path / "in", tmp_path / "out", checkpoint)
+    assert "\n" not in str(caught.value)
+    (trace,) = (tmp_path / "out/.denoise").glob("trace-*.txt")
+    assert "KeyError" in trace.read_text()
+    assert not (tmp_path / "out/.denoise/lock.json").exists()
+    assert not (tmp_path / "out/_SUCCESS").exists()
+
+
+def start_hooked(*arguments: Any) -> subprocess.Popen[str]:
+    """`python -m jobs.denoise` with the faults of `worker_hook`, in a session of its own."""
+    hook = Path(__file__).with_name("worker_hook.py")
+    return subprocess.Popen(
+        [sys.executable, str(hook), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=job_environment(),
+    )
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the driver, the raylet, the workers: all at once, none can tidy up."""
+    victims = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(True))]
+    for pid in victims:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str], *, timeout_s: float = 200) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_sigkill_of_everything_loses_only_what_is_in_flight(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    names = [f"slow-{i:02d}" for i in range(24)]
+    write_pngs(source, *names)
+    big = as_dtype(picture(1100, 900, 3, seed=2), "uint8")
+    tifffile.imwrite(source / "slow-big.tif", big, tile=(128, 128), photometric="rgb")
+    flags = ["--model", checkpoint, "--precision", "float32", "--actors", "1", "--region", "512"]
+    process = start_hooked(source, "--output", out, *flags)
+
+    def under_way() -> bool:
+        markers = list(out.glob(".denoise/regions/*/*.json"))
+        return bool(markers) and len(list(out.glob(".denoise/journal/*.parquet"))) >= 2
+
+    wait_until(under_way, process)
+    # A second run is refused at once, by the first one's id.
+    holder = json.loads((out / ".denoise/lock.json").read_text())["run_id"]
+    with pytest.raises(OutputLocked, match=holder):
+        denoise(source, out, checkpoint)
+    time.sleep(random.uniform(0, 1.0))
+    kill_everything(process)
+
+    for name in files_below(out / "images"):
+        assert name.rpartition("/")[2].startswith("slow-"), "a temporary file was left"
+        decode((out / "images" / name).read_bytes(), name=name)
+    safe = Done.load(LocalStorage(), str(out)).images
+    staged = {m: m.stat().st_mtime_ns for m in out.glob(".denoise/regions/*/*.json")}
+    before = {n: (out / "images" / n).stat().st_mtime_ns for n in files_below(out / "images")}
+    assert 0 < len(safe) < 25
+    notes: list[str] = []
+    outcome = resume(source, out, checkpoint, notes)
+    assert notes == [f"Took over the lock of run {holder}, which is dead."]
+    assert outcome.totals.skipped == len(safe)
+    assert outcome.totals.ok == 25 - len(safe)
+    rows = by_name(out)
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert len(rows) == len(files_below(out / "images")) == 25
+    for name, moment in before.items():
+        if rows[name]["image_id"] in safe:
+            assert (out / "images" / name).stat().st_mtime_ns == moment, name
+    assert rows["slow-big.tif"]["regions"] == 6
+    assert staged
+    leftovers = [n for n in files_below(out / ".denoise") if "journal" not in n]
+    assert leftovers == []
+    check_against_uninterrupted(big, out, checkpoint, tmp_path)
+
+
+def resume(source: Path, out: Path, checkpoint: str, notes: list[str]) -> Any:
+    from denoise_core.config import DenoiseConfig
+    from denoise_core.pipelines.denoise import Watcher, run_denoising
+
+    class Notes(Watcher):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    config = DenoiseConfig(
+        inputs=(str(source),), output=str(out), model=checkpoint, precision="float32",
+        actors="1", region=512,
+    )  # fmt: skip
+    return run_denoising(config, watcher=Notes())
+
+
+def check_against_uninterrupted(big: np.ndarray, out: Path, model: str, tmp_path: Path) -> None:
+    """The image that was put together over the kill is that of one quiet run, whole."""
+    from denoise_core.checkpoints import load_checkpoint
+    from denoise_core.denoiser import Denoiser
+    from denoise_core.images import to_dtype
+
+    (values,) = Denoiser(load_checkpoint(model), precision="float32").denoise([big])
+    got = tifffile.imread(out / "images/slow-big.tif").astype(int)
+    assert np.abs(got - to_dtype(values, "uint8")).max() <= 1
+
+
+def test_sigterm_ends_in_order_and_the_rerun_goes_on(checkpoint: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_pngs(source, *[f"slow-{i:02d}" for i in range(30)])
+    process = start_hooked(source, "--output", out, "--model", checkpoint, "--actors", "1")
+    wait_until(lambda: list(out.glob(".denoise/journal/*.parquet")), process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert "Interrupted" in text
+    assert not (out / ".denoise/lock.json").exists()
+    assert not (out / "_SUCCESS").exists()
+    done = rows_of(out)
+    assert 0 < len(done) < 30
+
+
+def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -> None:
+    """A whole process: JSON lines, exit 3, then 0 within the budget, without starting Ray."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_pngs(source, "one")
+    (source / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbut no more")
+    flags = [source, "--output", out, "--model", checkpoint]
+    code, text = run_job(*flags, "--progress", "json")
+    assert code == 3, text
+    lines = json_lines(text)
+    assert lines[-1]["done"]["ok"] == lines[-1]["done"]["failed"] == 1
+    assert any("progress" in line for line in lines)
+    started = time.monotonic()
+    code, text = run_job(*flags, "--max-error-rate", "0.5")
+    assert code == 0, text
+    assert time.monotonic() - started < 15
+    assert "2 already done" in text
+    assert "--retry-failed" in text
+    assert "\x1b" not in text
+    assert (out / "_SUCCESS").exists()
+    code, text = run_job(*flags)
+    assert code == 3
+    assert "Over the error budget: 50.0% failed" in text
+    assert not (out / "_SUCCESS").exists()
+
+
+def write_lock(out: Path, **values: Any) -> None:
+    (out / ".denoise").mkdir(parents=True, exist_ok=True)
+    mine = {**json.loads(lock._content("other")), **values}
+    (out / ".denoise/lock.json").write_text(json.dumps(mine))
+
+
+def test_lock_of_a_living_run_is_refused_and_a_dead_one_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "SETTLE_S", 0.0)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    storage = LocalStorage()
+    write_lock(tmp_path)
+    with pytest.raises(OutputLocked, match="run other on"):
+        lock.output_lock(storage, str(tmp_path), run_id="mine").__enter__()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    old = time.time() - 3600
+    # The process is gone; the machine is another's and its heartbeat old; the file is damaged.
+    for values in ({"pid": gone.pid}, {"host": "elsewhere", "heartbeat": old}, {"run_id": "x"}):
+        write_lock(tmp_path, **values)
+        if values == {"run_id": "x"}:
+            (tmp_path / ".denoise/lock.json").write_text("{")
+        with lock.output_lock(storage, str(tmp_path), run_id="mine") as held:
+            assert held.taken_from in ("other", "unknown")
+            held.check()
+        assert not (tmp_path / ".denoise/lock.json").exists()
+    # Its clock is slow, but it is alive.
+    write_lock(tmp_path, host="elsewhere", heartbeat=old)
+    beats = iter(range(100))
+    content = {"run_id": "other", "host": "elsewhere"}
+    monkeypatch.setattr(
+        lock, "_holder", lambda *_: {**content, "heartbeat": old + next(beats) * 10}
+    )
+    with pytest.raises(OutputLocked, match="run other on elsewhere"):
+        lock.output_lock(storage, str(tmp_path), run_id="mine").__enter__()
+
+
+def test_run_that_lost_its_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.02)
+    with lock.output_lock(LocalStorage(), str(tmp_path), run_id="mine") as held:
+        write_lock(tmp_path, run_id="thief")
+        time.sleep(0.3)
+        with pytest.raises(RunFailed, match="run thief took over"):
+            held.check()
+    assert json.loads((tmp_path / ".denoise/lock.json").read_text())["run_id"] == "thief"

@@ -1,0 +1,478 @@
+"""The denoising job through real Ray on one mixed folder: what comes out, and what a rerun does.
+
+One run feeds most tests; the tests that change the folder come last and in order.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import time
+import zlib
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture, rows_of
+from PIL import Image
+
+from denoise_core.errors import UsageError
+from denoise_core.images import decode
+from denoise_core.metrics import error_sums
+from denoise_core.results import SCHEMA
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+SIZE = (61, 83)
+HOSTILE = "a b & <script>alert('x')<\u2044script> ünï 画像.png"
+
+
+def png_bytes(array: np.ndarray) -> bytes:
+    return bytes(imagecodecs.png_encode(array if array.shape[-1] > 1 else array[..., 0]))
+
+
+def with_alpha(pixels: np.ndarray) -> np.ndarray:
+    alpha = np.random.default_rng(5).integers(0, np.iinfo(pixels.dtype).max + 1, pixels.shape[:2])
+    return np.dstack([pixels, alpha.astype(pixels.dtype)])
+
+
+def write_good(root: Path) -> None:
+    """The fidelity matrix, a small sub-folder, a large tiled TIFF and a noiseless picture."""
+    root.mkdir()
+    for bits in (8, 16):
+        grey = as_dtype(picture(*SIZE, 1, seed=bits), f"uint{bits}")
+        colour = as_dtype(picture(*SIZE, 3, seed=bits + 1), f"uint{bits}")
+        for kind, pixels in (("grey", grey), ("rgb", colour), ("rgba", with_alpha(colour))):
+            (root / f"{kind}{bits}.png").write_bytes(png_bytes(pixels))
+            options: dict[str, Any] = {"photometric": "minisblack" if kind == "grey" else "rgb"}
+            if kind == "rgba":
+                options["extrasamples"] = ["unassalpha"]
+            plane = pixels[..., 0] if kind == "grey" else pixels
+            tifffile.imwrite(
+                root / f"{kind}{bits}.tif", plane, resolution=(300, 300), resolutionunit=2,
+                **options,
+            )  # fmt: skip
+    tifffile.imwrite(root / "float.tif", picture(*SIZE, 1)[..., 0])
+    tifffile.imwrite(
+        root / "five.tif",
+        np.moveaxis(as_dtype(picture(*SIZE, 5), "uint16"), -1, 0),
+        photometric="minisblack",
+        metadata={"axes": "CYX"},
+    )
+    np.save(root / "array.npy", picture(*SIZE, 3, seed=9))
+    colour = Image.fromarray(as_dtype(picture(*SIZE, 3, seed=3), "uint8"))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    icc = tiny_icc()
+    more = {"exif": exif.tobytes(), "icc_profile": icc}
+    colour.save(root / "photo.jpg", quality=95, dpi=(240, 240), **more)
+    colour.save(root / "photo.webp", lossless=True, **more)
+    colour.save(root / "photo.png", dpi=(240, 240), **more)
+    colour.save(root / "photo.bmp")
+    colour.save(root / HOSTILE)
+    (root / "sub").mkdir()
+    colour.save(root / "sub" / "photo.png")
+    (root / "one.png").write_bytes(png_bytes(np.full((1, 1, 3), 9, np.uint8)))
+    smooth = np.full((64, 64, 3), 120, np.uint8)
+    (root / "clean.png").write_bytes(png_bytes(smooth))
+    tifffile.imwrite(
+        root / "big.tif", as_dtype(picture(1100, 900, 3, seed=2), "uint8"), tile=(128, 128),
+        photometric="rgb", compression="zlib",
+    )  # fmt: skip
+
+
+@lru_cache  # the profile holds the time of its making
+def tiny_icc() -> bytes:
+    from PIL import ImageCms
+
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+BAD = {
+    "truncated.png": "CorruptImage",
+    "truncated.jpg": "CorruptImage",
+    "truncated.tif": "CorruptImage",
+    "empty.png": "NotAnImage",
+    "text.png": "NotAnImage",
+    "nan.tif": "NonFiniteValues",
+    "infinite.npy": "NonFiniteValues",
+    "bomb.png": "ImageTooLarge",
+    "palette.png": "UnsupportedImage",
+    "cmyk.jpg": "UnsupportedImage",
+    "animated.webp": "UnsupportedImage",
+    "bilevel.png": "UnsupportedImage",
+    "link.png": "ObjectNotFound",
+}
+
+
+def write_bad(root: Path) -> None:
+    colour = as_dtype(picture(*SIZE, 3), "uint8")
+    whole = png_bytes(colour)
+    (root / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    jpeg = bytes(imagecodecs.jpeg_encode(colour))
+    (root / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, colour)
+    (root / "truncated.tif").write_bytes(buffer.getvalue()[:5000])
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.png").write_text("no picture at all, just words\n")
+    values = picture(*SIZE, 1)[..., 0].copy()
+    values[3, 4] = np.nan
+    tifffile.imwrite(root / "nan.tif", values)
+    np.save(root / "infinite.npy", np.full((8, 8), np.inf, np.float32))
+    (root / "bomb.png").write_bytes(bomb())
+    Image.fromarray(colour).quantize(16).save(root / "palette.png")
+    Image.fromarray(colour).convert("CMYK").save(root / "cmyk.jpg")
+    frames = [Image.fromarray(colour), Image.fromarray(255 - colour)]
+    frames[0].save(root / "animated.webp", save_all=True, append_images=frames[1:])
+    Image.fromarray(colour).convert("1").save(root / "bilevel.png")
+    (root / "link.png").symlink_to(root / "nowhere.png")
+
+
+def bomb() -> bytes:
+    """A PNG whose header tells 100,000 x 100,000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, body) for kind, body in parts)
+
+
+@pytest.fixture(scope="module")
+def job(ray_session: None, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One run on everything good and bad, with OUT inside the input folder."""
+    root = tmp_path_factory.mktemp("job")
+    write_good(root / "in")
+    write_bad(root / "in")
+    # A PNG under another format's name is fine: its content decides.
+    (root / "in" / "really-a-png.jpg").write_bytes((root / "in" / "rgb8.png").read_bytes())
+    second = root / "second"
+    (second / "rgb8").mkdir(parents=True)
+    (second / "rgb8.png").write_bytes((root / "in" / "grey8.png").read_bytes())
+    clean = root / "clean"
+    clean.mkdir()
+    reference = as_dtype(picture(*SIZE, 3, seed=9, sigma=0), "uint8")
+    (clean / "rgb8.png").write_bytes(png_bytes(reference))
+    (clean / "rgb16.png").write_bytes(png_bytes(as_dtype(np.zeros((3, 3, 3)), "uint8")))
+    out = root / "in" / "out"
+    started = time.monotonic()
+    outcome = denoise(
+        [root / "in", second, root / "in" / "rgb8.png"],
+        out,
+        checkpoint,
+        reference=str(clean),
+        copy_below="1.5",
+        compression=None,
+    )
+    seconds = time.monotonic() - started
+    return SimpleNamespace(
+        root=root, source=root / "in", second=second, clean=clean, out=out, outcome=outcome,
+        rows=by_name_of(out, root / "in"), seconds=seconds,
+    )  # fmt: skip
+
+
+def by_name_of(out: Path, root: Path) -> dict[str, dict[str, Any]]:
+    """Rows by path below `root`, or whole where they lie elsewhere."""
+    rows = rows_of(out)
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return {row["source_uri"].removeprefix(f"{root}/"): row for row in rows}
+
+
+def good_names(job: Any) -> list[str]:
+    names = [n for n in files_below(job.source) if not n.startswith("out/") and n not in BAD]
+    return [name for name in names if name != "link.png"]
+
+
+def test_every_input_has_exactly_one_row(job: Any) -> None:
+    inputs = {name for name in files_below(job.source) if not name.startswith("out/")}
+    assert set(job.rows) == inputs | {str(job.second / "rgb8.png")}
+    assert len(job.rows) == job.outcome.totals.done == job.outcome.totals.to_do
+
+
+def test_every_bad_input_is_a_failed_row_with_a_sentence(job: Any) -> None:
+    for name, kind in BAD.items():
+        row = job.rows[name]
+        assert (row["status"], row["error_type"]) == ("failed", kind), row
+        assert row["error_stage"] == ("plan" if name == "link.png" else "read")
+        assert len(row["error_message"]) > 30
+        assert "\n" not in row["error_message"]
+        assert row["output_uri"] is None
+        assert row["attempts"] == 1
+    failed = {name for name, row in job.rows.items() if row["status"] == "failed"}
+    assert failed == {*BAD, str(job.second / "rgb8.png")}
+    assert not any((job.out / "images" / name).exists() for name in BAD)
+
+
+def test_second_input_of_one_output_is_refused(job: Any) -> None:
+    row = job.rows[str(job.second / "rgb8.png")]
+    assert (row["status"], row["error_type"]) == ("failed", "OutputConflict")
+    assert decode((job.out / "images/rgb8.png").read_bytes(), name="x").header.channels == 3
+
+
+def test_too_many_failures_leave_no_success_marker(job: Any) -> None:
+    assert not job.outcome.within_budget
+    assert not (job.out / "_SUCCESS").exists()
+
+
+def test_output_tree_holds_images_and_reports_alone(job: Any) -> None:
+    images = [n.removeprefix("images/") for n in files_below(job.out) if n.startswith("images/")]
+    assert images == sorted(good_names(job))
+    rest = {n for n in files_below(job.out) if not n.startswith("images/")}
+    assert {"report.html", "run.json", "reports/summary.json"} <= rest
+    leftovers = rest - {"report.html", "run.json", "reports/summary.json"}
+    assert all(n.startswith("reports/images/part-") for n in leftovers), leftovers
+
+
+def test_every_good_image_keeps_its_form(job: Any) -> None:
+    for name in good_names(job):
+        source, output = (root / name for root in (job.source, job.out / "images"))
+        before = decode(source.read_bytes(), name=name)
+        after = decode(output.read_bytes(), name=name)
+        # How the file is cut to strips may change.
+        assert replace(after.header, windowed=before.header.windowed) == before.header, name
+        assert (after.alpha is None) == (before.alpha is None), name
+        if before.alpha is not None:
+            assert np.array_equal(after.alpha, before.alpha), name
+        if job.rows[name]["status"] == "ok" and before.pixels.size > 3:
+            assert not np.array_equal(after.pixels, before.pixels), name
+        for block in ("icc", "exif", "dpi"):
+            assert getattr(after.metadata, block) == getattr(before.metadata, block), (name, block)
+        assert job.rows[name]["metadata_lost"] == [], name
+
+
+def test_other_readers_agree_on_the_metadata(job: Any) -> None:
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        with Image.open(job.out / "images" / name) as image:
+            assert image.getexif()[0x0112] == 6
+            assert image.info["icc_profile"] == tiny_icc()
+            if name != "photo.webp":
+                assert tuple(map(round, image.info["dpi"])) == (240, 240)
+    with tifffile.TiffFile(job.out / "images/five.tif") as file:
+        assert (file.series[0].axes, file.series[0].shape) == ("CYX", (5, *SIZE))
+    with tifffile.TiffFile(job.out / "images/rgba16.tif") as file:
+        assert file.pages[0].tags["XResolution"].value == (300, 1)
+        assert file.pages[0].tags["ExtraSamples"].value == (2,)
+
+
+def test_every_column_of_a_good_row_is_filled(job: Any) -> None:
+    only_with_reference = {"psnr", "ssim", "mse", "psnr_noisy", "ssim_noisy", "mse_noisy",
+                           "reference_uri"}  # fmt: skip
+    may_be_null = {"error_stage", "error_type", "error_message", "seam_ratio",
+                   "residual_autocorrelation"}  # fmt: skip
+    row = job.rows["rgb16.png"]
+    assert set(row) == set(SCHEMA.names)
+    missing = {name for name, value in row.items() if value is None}
+    assert missing <= only_with_reference | may_be_null, missing
+    assert (row["width"], row["height"], row["channels"]) == (SIZE[1], SIZE[0], 3)
+    assert (row["dtype"], row["has_alpha"], row["data_range"]) == ("uint16", False, [0, 65535])
+    assert (row["patch"], row["halo"], row["regions"], row["patches"]) == (256, 16, 1, 1)
+    assert row["output_uri"] == str(job.out / "images/rgb16.png")
+    assert row["source_bytes"] == (job.source / "rgb16.png").stat().st_size
+    assert (row["device"], row["attempts"], row["strength"]) == ("cpu", 1, 1.0)
+    assert 10 < row["sigma_in"] < 40
+    assert len(row["mean_shift"]) == 3
+    assert row["started_at"] < row["finished_at"]
+    assert min(row["read_ms"], row["denoise_ms"], row["write_ms"]) > 0
+    assert row["model_id"] == "tiny-0"
+    assert job.rows["five.tif"]["channels"] == 5
+    assert len(job.rows["five.tif"]["mean_shift"]) == 5
+    assert job.rows["rgba8.png"]["has_alpha"] is True
+
+
+def test_reference_gives_psnr_ssim_and_mse(job: Any) -> None:
+    row = job.rows["rgb8.png"]
+    clean, noisy, denoised = (
+        decode(path.read_bytes(), name="x").pixels
+        for path in (job.clean / "rgb8.png", job.source / "rgb8.png", job.out / "images/rgb8.png")
+    )
+    after = error_sums(denoised, clean, data_range=255)
+    before = error_sums(noisy, clean, data_range=255)
+    assert row["reference_uri"] == str(job.clean / "rgb8.png")
+    for name, sums in (("", after), ("_noisy", before)):
+        assert row[f"psnr{name}"] == pytest.approx(sums.psnr)
+        assert row[f"ssim{name}"] == pytest.approx(sums.ssim)
+        assert row[f"mse{name}"] == pytest.approx(sums.mse)
+    # A reference of another shape, and none at all, are told of in the totals.
+    assert job.rows["rgb16.png"]["psnr"] is None
+    assert job.outcome.unreferenced == job.outcome.totals.ok + job.outcome.totals.copied - 1
+
+
+def test_noiseless_image_is_copied_bit_for_bit(job: Any) -> None:
+    assert job.rows["clean.png"]["status"] == "copied"
+    assert job.rows["clean.png"]["device"] is None
+    copy, source = (root / "clean.png" for root in (job.out / "images", job.source))
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def test_run_json_and_report_tell_of_the_run(job: Any) -> None:
+    run = json.loads((job.out / "run.json").read_text())
+    assert run["finished"] is True
+    assert run["config"]["model"].startswith("/")
+    assert run["counts"]["failed"] == len(BAD) + 1
+    page = (job.out / "report.html").read_text()
+    assert "<script>alert('x')" not in page
+    json.loads((job.out / "reports/summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_model_sees_the_image(job: Any, checkpoint: str) -> None:
+    """The pipeline's pixels are those of the bare denoiser."""
+    denoiser = pytest.importorskip("denoise_core.denoiser")
+    from denoise_core.checkpoints import load_checkpoint
+
+    bare = denoiser.Denoiser(load_checkpoint(checkpoint), precision="float32")
+    values = np.load(job.source / "array.npy")
+    (expected,) = bare.denoise([values])
+    got = np.load(job.out / "images/array.npy")
+    assert np.abs(got - expected).max() < 1e-5
+
+
+def test_unchanged_rerun_does_nothing_and_starts_no_ray(job: Any, checkpoint: str) -> None:
+    from denoise_core.config import DenoiseConfig
+    from denoise_core.pipelines.denoise import Watcher, run_denoising
+
+    before = snapshot(job.out)
+    config = DenoiseConfig(
+        inputs=(str(job.source), str(job.second)), output=str(job.out), model=checkpoint,
+        precision="float32", actors="1", reference=str(job.clean), copy_below="1.5",
+        max_error_rate=0.9,
+    )  # fmt: skip
+    started = time.monotonic()
+    outcome = run_denoising(config, watcher=Watcher(), start_ray=lambda: pytest.fail("Ray"))
+    assert time.monotonic() - started < 5
+    assert outcome.totals.done == outcome.totals.to_do == 0
+    assert outcome.totals.old_failures == len(BAD) + 1
+    assert outcome.within_budget
+    after = snapshot(job.out)
+    assert after.pop("_SUCCESS") is not None
+    assert after == before
+
+
+def snapshot(root: Path) -> dict[str, int]:
+    return {name: (root / name).stat().st_mtime_ns for name in files_below(root)}
+
+
+def test_dry_run_lists_and_writes_nothing(job: Any, checkpoint: str, tmp_path: Path) -> None:
+    outcome = denoise(
+        job.source, tmp_path / "dry", checkpoint, dry_run=True, include=("*.png",),
+        exclude=("rgb*", "out/*"), recursive=False,
+    )  # fmt: skip
+    names = {Path(uri).name for uri in outcome.listed}
+    assert {"grey8.png", "photo.png", "empty.png", "link.png"} <= names
+    assert not any(name.startswith("rgb") or not name.endswith(".png") for name in names)
+    assert not any("/sub/" in uri for uri in outcome.listed)
+    assert len(denoise(job.source, tmp_path / "d", checkpoint, dry_run=True, limit=4).listed) == 4
+    assert files_below(tmp_path) == []
+
+
+def test_result_depends_on_no_actor_neighbour_or_order(
+    job: Any, checkpoint: str, tmp_path: Path
+) -> None:
+    """Two actors, single patches, other names in another order, and a region of another size."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [n for n in good_names(job) if job.rows[n]["status"] == "ok" and "/" not in n]
+    for place, name in enumerate(reversed(names)):
+        os.link(job.source / name, folder / f"{place:02d}-{name}")
+    out = tmp_path / "out"
+    outcome = denoise(folder, out, checkpoint, actors="2", batch_size="1", region=512)
+    assert outcome.totals.ok == len(names)
+    rows = by_name(out)
+    for place, name in enumerate(reversed(names)):
+        output = out / "images" / f"{place:02d}-{name}"
+        before = decode((job.out / "images" / name).read_bytes(), name=name)
+        after = decode(output.read_bytes(), name=name)
+        assert np.array_equal(after.pixels, before.pixels), name
+        regions = rows[output.name]["regions"]
+        assert regions == (6 if name == "big.tif" else 1), name
+    row = rows[next(name for name in rows if name.endswith("big.tif"))]
+    assert row["patches"] == 20
+    assert 10 < row["sigma_in"] < 40
+    assert not (out / ".denoise/regions").exists() or not files_below(out / ".denoise/regions")
+
+
+def test_format_depth_and_strength_zero(job: Any, checkpoint: str, tmp_path: Path) -> None:
+    """Strength 0 gives the input's values back, here in 16-bit TIFFs of all formats."""
+    outcome = denoise(
+        job.source, tmp_path, checkpoint, strength=0.0, format="tiff", bit_depth="16", region=512,
+        recursive=False, include=("*8.png", "photo.*", "big.tif"), exclude=("out/*", "grey8.png"),
+    )  # fmt: skip
+    assert outcome.totals.failed == 0
+    names = files_below(tmp_path / "images")
+    assert "photo.jpg.tiff" in names
+    assert "big.tif" in names
+    assert "grey8.png.tiff" not in names
+    for name in names:
+        source = job.source / (name if name == "big.tif" else name.removesuffix(".tiff"))
+        before = decode(source.read_bytes(), name=name)
+        after = decode((tmp_path / "images" / name).read_bytes(), name=name)
+        assert (after.header.format, after.header.dtype) == ("tiff", "uint16")
+        assert np.array_equal(after.pixels, before.pixels.astype(np.uint16) * 257), name
+        if before.alpha is not None:
+            assert np.array_equal(after.alpha, before.alpha.astype(np.uint16) * 257), name
+
+
+def test_retry_failed_touches_only_the_failed(job: Any, checkpoint: str) -> None:
+    (job.source / "empty.png").write_bytes((job.source / "rgb8.png").read_bytes())
+    (job.source / "fresh.png").write_bytes((job.source / "rgb8.png").read_bytes())
+    before = snapshot(job.out / "images")
+    outcome = denoise(
+        [job.source, job.second], job.out, checkpoint, retry_failed=True, max_error_rate=0.9,
+        copy_below="1.5",
+    )  # fmt: skip
+    assert (outcome.totals.ok, outcome.totals.failed) == (1, len(BAD))
+    after = snapshot(job.out / "images")
+    assert after.pop("empty.png")
+    assert after == before
+    assert (job.out / "_SUCCESS").exists()
+    rows = by_name_of(job.out, job.source)
+    assert rows["empty.png"]["status"] == "ok"
+    assert "fresh.png" not in rows
+    (job.source / "fresh.png").unlink()
+
+
+def test_changed_input_and_missing_output_are_redone_alone(job: Any, checkpoint: str) -> None:
+    (job.source / "grey8.png").write_bytes((job.source / "rgb8.png").read_bytes())
+    (job.out / "images/photo.bmp").unlink()
+    before = snapshot(job.out / "images")
+    outcome = denoise(
+        [job.second, job.source], job.out, checkpoint, max_error_rate=0.9, copy_below="1.5"
+    )
+    assert (outcome.totals.ok, outcome.totals.failed) == (2, 0)
+    after = snapshot(job.out / "images")
+    assert after.pop("photo.bmp")
+    assert after.pop("grey8.png") != before.pop("grey8.png")
+    assert after == before
+    assert by_name_of(job.out, job.source)["grey8.png"]["channels"] == 3
+
+
+def test_changed_model_or_settings_redo_and_existing_rules(
+    job: Any, checkpoint: str, tmp_path: Path
+) -> None:
+    folder, out = job.source / "sub", tmp_path / "out"
+    dry = {"dry_run": True}
+    assert denoise(folder, out, checkpoint).totals.ok == 1
+    assert denoise(folder, out, checkpoint, **dry).totals.to_do == 0
+    assert denoise(folder, out, checkpoint, strength=0.5, **dry).totals.to_do == 1
+    assert denoise(folder, out, checkpoint, region=512, actors="2", **dry).totals.to_do == 0
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert denoise(folder, out, other, **dry).totals.to_do == 1
+    assert denoise(folder, out, checkpoint, existing="overwrite", **dry).totals.to_do == 1
+    with pytest.raises(UsageError, match="--existing fail"):
+        denoise(folder, out, checkpoint, existing="fail")
+    first = snapshot(out / "images")
+    assert denoise(folder, out, other).totals.ok == 1
+    assert snapshot(out / "images") != first
+    (row,) = rows_of(out)
+    assert row["model_id"] == "tiny-1"

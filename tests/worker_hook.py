@@ -1,0 +1,75 @@
+"""Faults on demand in Ray's workers, by the name of the image; installed by the Ray fixture.
+
+The product has no switch for this: Ray calls `install` in each worker before its first task. TIFFs
+go through in regions from half a megapixel on, so that small ones show it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+REGION_FROM_PIXELS = 500_000
+
+
+def install() -> None:
+    from denoise_core.pipelines import stages
+
+    stages.REGION_FROM_PIXELS = REGION_FROM_PIXELS
+    decode, encode_, part = stages.decode, stages.Write._write, stages.Denoise._part
+
+    def faulty_decode(data: bytes, *, name: str, **more: Any) -> Any:
+        if "poison-read" in name:
+            os._exit(9)
+        if "stuck" in name:
+            time.sleep(3600)
+        if "slow" in name:
+            time.sleep(0.3)
+        return decode(data, name=name, **more)
+
+    def faulty_part(self: Any, item: Any) -> Any:
+        if "poison-denoise" in item.facts["path"]:
+            os._exit(9)
+        if "bug" in item.facts["path"]:
+            raise KeyError("a bug of ours")
+        if "slow" in item.facts["path"]:
+            time.sleep(0.3)
+        return part(self, item)
+
+    def faulty_write(self: Any, item: Any) -> None:
+        if "poison-write" in item.facts["path"]:
+            os._exit(9)
+        encode_(self, item)
+
+    stages.decode = faulty_decode
+    stages.Denoise._part = faulty_part  # type: ignore[method-assign]
+    stages.Write._write = faulty_write  # type: ignore[method-assign]
+
+
+def start_ray() -> None:
+    """Start Ray with the hook in every worker, as quietly as the job does."""
+    from pathlib import Path
+
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"worker_process_setup_hook": "worker_hook.install"},
+    )
+
+
+if __name__ == "__main__":
+    # `python worker_hook.py ARGUMENTS`: jobs.denoise with the hook.
+    from jobs import denoise
+
+    denoise.start_ray = start_ray
+    denoise.main()
