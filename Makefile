@@ -1,16 +1,18 @@
 # `make install` once; then `make demo`, `make test`, `make check`.
 PYTHON ?= python3
+UV_VERSION := 0.9.30
 BIN := .venv/bin
 
 .PHONY: install demo test check lock clean
 
-# pip compiles to bytecode as it installs: without that every start is ten seconds slower.
+# Compiled at install: without bytecode every start of TensorFlow and Ray is ten seconds slower.
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: install

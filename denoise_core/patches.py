@@ -38,10 +38,11 @@ def cut(pixels: Array, patch: Patch, *, origin: tuple[int, int], low: float, hig
     top, left = origin
     rows = slice(patch.y.first - top, min(patch.y.last - top, pixels.shape[0]))
     columns = slice(patch.x.first - left, min(patch.x.last - left, pixels.shape[1]))
-    window = pixels[rows, columns].astype(np.float64 if is_wide(pixels.dtype) else np.float32)
+    kind = np.float64 if is_wide(pixels.dtype) else np.float32
+    window: Array = pixels[rows, columns].astype(kind)
     if (low, high) != (0.0, 1.0):
-        window -= window.dtype.type(low)
-        window *= window.dtype.type(1.0 / (high - low))
+        np.subtract(window, kind(low), out=window)
+        np.multiply(window, kind(1.0 / (high - low)), out=window)
     window = window.astype(np.float32, copy=False)
     missing = patch.y.length - window.shape[0], patch.x.length - window.shape[1]
     if missing == (0, 0):

@@ -18,15 +18,25 @@ from typing import Any
 
 import numpy as np
 
+from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
+from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
-from denoise_core.training_data import CleanImages, CropSampler, prefetch
+from denoise_core.training_data import (
+    CleanImages,
+    CropSampler,
+    check_images,
+    find_images,
+    prefetch,
+)
 
 Array = np.ndarray
 VALIDATION_SIGMA = 25.0
 VALIDATION_SIDE = 256
 EMA_EVERY = 8
+# One row for each report, in the output folder: the sign that a training was begun there.
+HISTORY = "history.csv"
 
 
 @dataclass(slots=True)
@@ -44,6 +54,21 @@ class Progress:
             return min(1.0, self.step / config.steps)
         assert config.hours is not None
         return min(1.0, self.seconds / (config.hours * 3600.0))
+
+
+def check_training(config: TrainConfig, preset: Preset) -> None:
+    """Raise UsageError or CheckpointError for what can be told without reading pixels.
+
+    Starting Ray and a worker to hear it takes half a minute.
+    """
+    parse_noise(config.noise)
+    check_images(find_images(config.data), crop=max(stage.crop for stage in preset.stages))
+    if config.init is not None:
+        load_checkpoint(config.init)
+    if (Path(config.output) / HISTORY).exists() and not config.resume:
+        raise UsageError(
+            f"--output {config.output} holds a training: go on with --resume or name another."
+        )
 
 
 def stage_at(stages: tuple[Stage, ...], fraction: float) -> Stage:
@@ -99,7 +124,6 @@ class Trainer:
         import tensorflow as tf
 
         from denoise_core.models import architecture, build_model
-        from denoise_core.noise import parse_noise
 
         self.config, self.preset, self.images, self.rank = config, preset, images, rank
         self.progress = Progress()

@@ -132,9 +132,10 @@ class Planner:
     def _is_taken(self, identity: str, name: str, output: str) -> bool:
         """Whether another input, of this run or an earlier one, has this output."""
         key = _key(name)
-        taken = key in self._outputs or self.done.owner(output) not in (None, identity)
+        if key in self._outputs or self.done.owner(output) not in (None, identity):
+            return True
         self._outputs.add(key)
-        return taken
+        return False
 
     def _is_finished(self, identity: str, fingerprint: str, *, path: str | None) -> bool:
         before = self.done.images.get(identity)

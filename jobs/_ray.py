@@ -12,12 +12,17 @@ from denoise_core.errors import RunFailed
 
 
 def start_ray() -> None:
-    """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone."""
+    """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone.
+
+    Call it from the main thread: Ray's processes die with the thread that started them.
+    """
     # Ray 2.60 shows all GPUs to workers that asked for none unless told otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Ray's C++ core writes warnings about its own internals to stderr, as TensorFlow's does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Without this a thread that outlives Ray at the end of a run starts a new one.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)

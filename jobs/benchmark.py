@@ -53,6 +53,7 @@ class AllConfig:
     )
     photos: str | None = setting(None, "Photographs to make throughput's of.", metavar="DIR")
     megapixels: float = setting(200.0, "Mpx of throughput.", metavar="MPX")
+    bare_seconds: float = setting(20.0, "Least time of throughput's bare model.", metavar="S")
     limit: int = setting(10, "Images for the slow baselines.", metavar="N")
     images: int | None = setting(None, "Images for quality.", metavar="N")
     side: int = setting(12_000, "Side of memory's TIFF.", metavar="N")
@@ -65,7 +66,11 @@ class AllConfig:
         output, model = self.output, self.model
         return {
             "throughput": ThroughputConfig(
-                output=output, model=model, data=self.photos, megapixels=self.megapixels
+                output=output,
+                model=model,
+                data=self.photos,
+                megapixels=self.megapixels,
+                bare_seconds=self.bare_seconds,
             ),
             "quality": QualityConfig(
                 output=output, model=model, data=self.data, limit=self.limit, images=self.images

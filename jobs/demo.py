@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -10,23 +11,27 @@ import click
 from denoise_core.config import DenoiseConfig
 from denoise_core.samples import before_after, write_samples
 from jobs import denoise
+from jobs._ray import start_ray
 
 
 @click.command(help=__doc__)
 @click.option("--output", default="demo", show_default=True, help="Folder; made anew.")
-@click.option("--model", default=None, help="A shipped model's name or a path.")
-def main(output: str, model: str | None) -> None:
+@click.option("--model", default="unet-s", show_default=True, help="A shipped name or a path.")
+def main(output: str, model: str) -> None:
     """Write noisy samples, run the denoising job on them, draw before and after."""
     root = Path(output)
     for part in ("noisy", "clean", "out"):
         shutil.rmtree(root / part, ignore_errors=True)
-    write_samples(root)
-    given = {} if model is None else {"model": model}
+    with ThreadPoolExecutor(1) as pool:
+        # The samples are made while Ray's processes start.
+        samples = pool.submit(write_samples, root)
+        start_ray()
+        samples.result()
     config = DenoiseConfig(
         inputs=(str(root / "noisy"),),
         output=str(root / "out"),
         reference=str(root / "clean"),
-        **given,
+        model=model,
     )
     code = denoise.run(config)
     if code == 0:

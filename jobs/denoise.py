@@ -22,12 +22,22 @@ def run(config: DenoiseConfig) -> int:
     from denoise_core.pipelines.denoise import run_denoising
     from jobs._progress import display, print_outcome
 
-    # `ray job stop` and schedulers send SIGTERM: end as on Ctrl-C, with rows and lock in order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_on_sigterm()
     with display(config.progress) as watcher:
-        outcome = run_denoising(config, watcher=watcher, start_ray=start_ray)
+        outcome = run_denoising(config, watcher=watcher, start_ray=_start_ray)
     print_outcome(outcome, config)
     return 0 if outcome.within_budget else EXIT_OVER_BUDGET
+
+
+def _start_ray() -> None:
+    start_ray()
+    # Ray has put a handler of its own in place, one that aborts.
+    _end_on_sigterm()
+
+
+def _end_on_sigterm() -> None:
+    """End on SIGTERM as on Ctrl-C, with rows and lock in order: `ray job stop` sends it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 main: click.Command = settings_command(DenoiseConfig, run, name="jobs.denoise", help=str(__doc__))

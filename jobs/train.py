@@ -9,12 +9,15 @@ from typing import Any
 import click
 
 from denoise_core.config import TrainConfig
+from denoise_core.presets import preset
+from denoise_core.training import check_training
 from jobs._cli import settings_command
 from jobs._ray import _silent_stderr, start_ray
 
 
 def run(config: TrainConfig) -> int:
     """Train by `config` and print a line for each report. Returns the exit code."""
+    check_training(config, preset(config.preset))
     start_ray()
     # TensorFlow, which Ray Train imports here, greets on stderr whatever its log level.
     with _silent_stderr():

@@ -127,15 +127,17 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     process = start_hooked(source, "--output", out, *flags)
 
     def under_way() -> bool:
+        # In whatever order: regions of the large image, and rows of small ones before or after.
         markers = list(out.glob(".denoise/regions/*/*.json"))
-        return bool(markers) and len(list(out.glob(".denoise/journal/*.parquet"))) >= 2
+        rows = list(out.glob(".denoise/journal/*.parquet"))
+        return bool(markers and rows) or len(markers) >= 4
 
     wait_until(under_way, process)
     # A second run is refused at once, by the first one's id.
     holder = json.loads((out / ".denoise/lock.json").read_text())["run_id"]
     with pytest.raises(OutputLocked, match=holder):
         denoise(source, out, checkpoint)
-    time.sleep(random.uniform(0, 1.0))
+    time.sleep(random.uniform(0, 0.8))
     kill_everything(process)
 
     for name in files_below(out / "images"):
@@ -144,7 +146,8 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     safe = Done.load(LocalStorage(), str(out)).images
     staged = {m: m.stat().st_mtime_ns for m in out.glob(".denoise/regions/*/*.json")}
     before = {n: (out / "images" / n).stat().st_mtime_ns for n in files_below(out / "images")}
-    assert 0 < len(safe) < 25
+    assert staged
+    assert len(safe) < 25
     notes: list[str] = []
     outcome = resume(source, out, checkpoint, notes)
     assert notes == [f"Took over the lock of run {holder}, which is dead."]
@@ -157,7 +160,6 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
         if rows[name]["image_id"] in safe:
             assert (out / "images" / name).stat().st_mtime_ns == moment, name
     assert rows["slow-big.tif"]["regions"] == 6
-    assert staged
     leftovers = [n for n in files_below(out / ".denoise") if "journal" not in n]
     assert leftovers == []
     check_against_uninterrupted(big, out, checkpoint, tmp_path)

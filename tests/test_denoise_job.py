@@ -328,10 +328,10 @@ def test_run_json_and_report_tell_of_the_run(job: Any) -> None:
 
 def test_model_sees_the_image(job: Any, checkpoint: str) -> None:
     """The pipeline's pixels are those of the bare denoiser."""
-    denoiser = pytest.importorskip("denoise_core.denoiser")
     from denoise_core.checkpoints import load_checkpoint
+    from denoise_core.denoiser import Denoiser
 
-    bare = denoiser.Denoiser(load_checkpoint(checkpoint), precision="float32")
+    bare = Denoiser(load_checkpoint(checkpoint), precision="float32")
     values = np.load(job.source / "array.npy")
     (expected,) = bare.denoise([values])
     got = np.load(job.out / "images/array.npy")

@@ -34,7 +34,7 @@ def install() -> None:
         if "bug" in item.facts["path"]:
             raise KeyError("a bug of ours")
         if "slow" in item.facts["path"]:
-            time.sleep(0.3)
+            time.sleep(1.0 if item.facts["regions"] > 1 else 0.3)
         return part(self, item)
 
     def faulty_write(self: Any, item: Any) -> None:
@@ -55,6 +55,7 @@ def start_ray() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     ray.init(

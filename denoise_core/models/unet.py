@@ -52,10 +52,12 @@ def total_stride(*, widths: Sequence[int], **_: Any) -> int:
 
 
 def exact_halo(*, widths: Sequence[int], blocks: Sequence[int], **_: Any) -> int:
-    """Return the receptive radius in pixels, up to a multiple of the total stride.
+    """Return the context that a core needs, in pixels: a multiple of the total stride.
 
-    Walks the deepest path backwards from an output pixel: each 3x3 convolution adds one cell of
-    its level, each step to a coarser level rounds up to whole cells.
+    It is the receptive radius of a core whose edges lie on multiples of the total stride, as
+    `tiling` cuts them; a pixel in the middle of a cell can reach a few pixels further. Walks the
+    deepest path backwards from an output pixel: each 3x3 convolution adds one cell of its level,
+    each step to a coarser level rounds up to whole cells.
     """
     radius = 1
     for count in blocks[:-1]:

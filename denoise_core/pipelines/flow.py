@@ -23,6 +23,8 @@ from denoise_core.storage import join, storage_for
 # Source bytes of the images that share one read task: small ones travel together.
 TASK_BYTES = 4_000_000
 TASK_IMAGES = 32
+# Up to so many images one actor is enough, with a thread for each core.
+FEW_IMAGES = 16
 # A run without any finished row for this long, beyond one image's own limit, is stuck.
 NO_PROGRESS_S = 600
 # Somebody who waits for results hears of it this often, results or not.
@@ -124,8 +126,12 @@ class Resources:
     threads: int | None
 
 
-def choose_resources(config: DenoiseConfig, cluster: dict[str, float]) -> Resources:
+def choose_resources(
+    config: DenoiseConfig, cluster: dict[str, float], *, images: int
+) -> Resources:
     """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
+
+    A few images get one actor: a second would be ready when they are done.
 
     On CPUs the actors ask for half of the cores in total, so that reading and writing never
     starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
@@ -142,7 +148,8 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float]) -> Resour
     if gpus > 0 and share != 0.0:
         share = share or 1.0
         return Resources(wanted or (1, max(1, int(gpus / share))), 1.0, share, None)
-    count = wanted or ((min(cpus, 2),) * 2 if cpus <= 4 else (cpus // 4,) * 2)
+    most = 1 if images <= FEW_IMAGES else min(cpus, max(2, cpus // 4))
+    count = wanted or (most, most)
     threads = max(1, cpus // count[1])
     return Resources(count, max(0.01, round(0.5 * cpus / count[1], 2) - 0.01), 0.0, threads)
 
@@ -160,10 +167,10 @@ def build_dataset(
     # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
     context.execution_no_progress_timeout_s = int(NO_PROGRESS_S + job.config.timeout_per_image)
     config = job.config
-    resources = choose_resources(config, ray.cluster_resources())
+    resources = choose_resources(config, ray.cluster_resources(), images=images)
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
-    together = max(1, min(together, images // (4 * resources.actors[1]) or 1))
+    together = max(1, min(together, images // (4 * resources.actors[1])))
     task = {"num_cpus": 0.5}
     dataset = ray.data.from_items(
         [{"shard": uri} for uri in shards], override_num_blocks=len(shards)

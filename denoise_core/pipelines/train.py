@@ -24,12 +24,12 @@ from ray.util.queue import Empty, Queue
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
-from denoise_core.errors import DenoiseError, RunFailed, UsageError
+from denoise_core.errors import DenoiseError, RunFailed
 from denoise_core.models import architecture
-from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset
 from denoise_core.presets import preset as find_preset
-from denoise_core.training_data import CleanImages, check_images, find_images
+from denoise_core.training import HISTORY, check_training
+from denoise_core.training_data import CleanImages, find_images
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "psnr")
 
@@ -44,7 +44,7 @@ def run_training(config: TrainConfig, *, show: Show, preset: Preset | None = Non
     fit the preset, RunFailed where training ended early.
     """
     recipe = preset or find_preset(config.preset)
-    _check(config, recipe)
+    check_training(config, recipe)
     output = Path(config.output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     (output / "train.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
@@ -68,18 +68,6 @@ def run_training(config: TrainConfig, *, show: Show, preset: Preset | None = Non
 def _absolute(name: str) -> str:
     """Return a path as one that holds in the workers' own folders; other names as they are."""
     return str(Path(name).absolute()) if Path(name).exists() else name
-
-
-def _check(config: TrainConfig, preset: Preset) -> None:
-    """Raise what can be told before workers are started, which takes a quarter of a minute."""
-    parse_noise(config.noise)
-    check_images(find_images(config.data), crop=max(stage.crop for stage in preset.stages))
-    if config.init is not None:
-        load_checkpoint(config.init)
-    if any(Path(config.output).glob("ray/run/checkpoint_*")) and not config.resume:
-        raise UsageError(
-            f"--output {config.output} holds a training: go on with --resume or name another."
-        )
 
 
 def _ray_trainer(config: TrainConfig, preset: Preset, mail: Queue) -> TensorflowTrainer:
@@ -184,7 +172,7 @@ def _train(config: TrainConfig, preset: Preset, mail: Queue) -> None:
         with last.as_directory() as folder:
             trainer.load_state(Path(folder))
     if trainer.rank == 0:
-        _forget_later(Path(config.output) / "history.csv", step=trainer.progress.step)
+        _forget_later(Path(config.output) / HISTORY, step=trainer.progress.step)
     trainer.run(lambda metrics, save: _report(trainer, metrics, precision=precision, mail=mail))
 
 
@@ -204,7 +192,7 @@ def _report(trainer: Any, metrics: dict[str, float], *, precision: str, mail: Qu
     if metrics["psnr"] > progress.best_psnr:
         progress.best_psnr = metrics["psnr"]
         save_checkpoint(output / "best", trainer.ema, _card(trainer, row, precision=precision))
-    _append_history(output / "history.csv", row)
+    _append_history(output / HISTORY, row)
     with tempfile.TemporaryDirectory() as folder:
         trainer.save_state(Path(folder))
         ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -1,0 +1,200 @@
+"""Checkpoints: what is saved comes back, what is damaged is refused, nothing in one is run."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from denoise_core import checkpoints
+from denoise_core.checkpoints import load_checkpoint, save_checkpoint
+from denoise_core.errors import CheckpointError, UsageError
+from denoise_core.models import build_model
+
+ARGUMENTS = {"widths": [4, 6], "blocks": [1, 1], "channels": 3}
+CARD = {
+    "name": "tiny",
+    "architecture": "unet",
+    "arguments": ARGUMENTS,
+    "total_stride": 2,
+    "default_halo": 4,
+    "exact_halo": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng = np.random.default_rng(0)
+    shapes = [w.shape for w in build_model("unet", **ARGUMENTS).get_weights()]
+    return [rng.normal(0, 0.1, shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.fixture
+def folder(tmp_path, weights):
+    save_checkpoint(tmp_path, weights, CARD)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    """Change keys of the card; None removes one."""
+    path = folder / "model.json"
+    card = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in card.items() if value is not None}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_round_trip(tmp_path, weights, dtype):
+    saved = save_checkpoint(tmp_path, weights, CARD, dtype=dtype)
+    loaded = load_checkpoint(str(tmp_path))
+    assert loaded == saved
+    assert loaded.name == "tiny"
+    for got, expected in zip(loaded.weights(), weights, strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, expected.astype(dtype).astype(np.float32))
+    for got, expected in zip(loaded.build().get_weights(), loaded.weights(), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_float16_halves_the_file(tmp_path, weights):
+    sizes = [
+        save_checkpoint(tmp_path, weights, CARD, name=dtype, dtype=dtype)
+        .weights_path.stat()
+        .st_size
+        for dtype in ("float32", "float16")
+    ]
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_saving_replaces_and_leaves_nothing_else(folder, weights):
+    first = load_checkpoint(str(folder)).hash
+    save_checkpoint(folder, [w + 1 for w in weights], CARD)
+    assert load_checkpoint(str(folder)).hash != first
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["", "/model.json", "/model.safetensors", "/model"])
+def test_a_checkpoint_is_found_by_folder_card_weights_or_stem(folder, name):
+    assert load_checkpoint(f"{folder}{name}").weights_path == folder / "model.safetensors"
+
+
+def test_a_dot_in_a_name_is_no_ending(tmp_path, weights):
+    for name in ("v1", "v1.2"):
+        save_checkpoint(tmp_path, weights, {**CARD, "name": name}, name=name)
+    assert load_checkpoint(str(tmp_path / "v1.2")).name == "v1.2"
+
+
+def test_a_shipped_name_goes_first_and_an_unknown_one_gets_the_nearest(
+    folder, tmp_path_factory, monkeypatch
+):
+    shipped = tmp_path_factory.mktemp("weights")
+    for ending in ("json", "safetensors"):
+        shutil.copy(folder / f"model.{ending}", shipped / f"unet-s.{ending}")
+    monkeypatch.setattr(checkpoints, "SHIPPED", shipped)
+    assert checkpoints.shipped_names() == ["unet-s"]
+    assert load_checkpoint("unet-s").weights_path == shipped / "unet-s.safetensors"
+    with pytest.raises(UsageError, match=r"'unet_s'.*shipped model \(unet-s\).*mean 'unet-s'"):
+        load_checkpoint("unet_s")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "none")
+    with pytest.raises(UsageError, match=r"--model 'no-such': neither a shipped model \(none\)"):
+        load_checkpoint("no-such")
+    with pytest.raises(UsageError, match=r"model\.json"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_weights_that_are_not_the_cards_are_refused(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_checkpoint(str(folder)).weights()
+
+
+def test_missing_weights_are_an_error_of_the_checkpoint(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(str(folder)).weights()
+
+
+@pytest.mark.parametrize("key", checkpoints.REQUIRED)
+def test_a_card_without_a_key_is_refused_by_the_key(folder, key):
+    edit(folder, **{key: None})
+    with pytest.raises(CheckpointError, match=f"the card lacks {key}"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "\xff"])
+def test_what_is_no_card_is_refused(folder, text):
+    (folder / "model.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="not a model card"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"total_stride": 0},
+        {"total_stride": "2"},
+        {"default_halo": -4},
+        {"exact_halo": 1.5},
+        {"arguments": [4, 6]},
+    ],
+    ids=str,
+)
+def test_a_card_with_impossible_values_is_refused(folder, changes):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match="must be whole numbers"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "os.system"},
+        {"arguments": {**ARGUMENTS, "widths": [4, 8]}},
+        {"arguments": {**ARGUMENTS, "widths": [4]}},
+        {"arguments": {**ARGUMENTS, "unknown": 1}},
+        {"arguments": {**ARGUMENTS, "precision": "float32"}},
+        {"arguments": {**ARGUMENTS, "widths": "4, 6"}},
+    ],
+    ids=str,
+)
+def test_weights_of_another_architecture_are_refused(folder, changes):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match="does not fit its card"):
+        load_checkpoint(str(folder)).build()
+
+
+def test_loading_runs_no_code_of_a_checkpoint(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a checkpoint was unpickled or evaluated")
+
+    for module, name in (("pickle", "loads"), ("pickle", "load"), ("pickle", "Unpickler")):
+        monkeypatch.setattr(f"{module}.{name}", refuse)
+    edit(folder, note="__import__('os').system('touch hacked')")
+    checkpoint = load_checkpoint(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "eval", refuse)
+        assert len(checkpoint.weights()) > 0
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused(folder):
+    import hashlib
+    import pickle
+
+    class Hack:
+        def __reduce__(self):
+            return (open, (str(folder / "hacked"), "w"))
+
+    data = pickle.dumps(Hack())
+    (folder / "model.safetensors").write_bytes(data)
+    edit(folder, sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(str(folder)).build()
+    assert not (folder / "hacked").exists()

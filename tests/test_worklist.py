@@ -1,0 +1,93 @@
+"""Planning: what is done, what is to do, who owns an output. Starts no Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from helpers import picture
+
+from denoise_core.config import DenoiseConfig
+from denoise_core.denoiser import Geometry
+from denoise_core.images import data_range
+from denoise_core.pipelines.stages import float_range
+from denoise_core.results import Done
+from denoise_core.storage import expand
+from denoise_core.worklist import Own, Planner, Refusal, WorkItem, image_id
+
+
+def plan(
+    inputs: list[Path], out: Path, done: Done | None = None, **settings: Any
+) -> tuple[Planner, list[Any]]:
+    names = tuple(map(str, inputs))
+    config = DenoiseConfig(inputs=names, output=str(out), **settings)
+    planner = Planner(config, "hash", done or Done(), None)
+    return planner, list(planner.plan(expand(names)))
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def finished(path: Path, out: Path, *, name: str = "", failed: bool = False) -> Done:
+    info = path.stat()
+    done = Done()
+    identity = image_id(str(path))
+    done.images[identity] = (f"{info.st_size}-{info.st_mtime_ns}", "hash", failed)
+    if not failed:
+        done.owners[hash(f"{out}/images/{name or path.name}")] = identity
+    return done
+
+
+def test_overlapping_inputs_give_one_item_each(tmp_path: Path) -> None:
+    first = touch(tmp_path / "in/a.png")
+    touch(tmp_path / "in/sub/b.png")
+    planner, items = plan([tmp_path / "in", tmp_path / "in/sub", first], tmp_path / "out")
+    assert sorted(item.path for item in items) == ["a.png", "sub/b.png"]
+    assert planner.counts.listed == planner.counts.to_do == 2
+
+
+def test_output_of_an_earlier_run_is_not_given_to_another_input(tmp_path: Path) -> None:
+    done = finished(touch(tmp_path / "one/a.png"), tmp_path / "out")
+    touch(tmp_path / "two/a.png")
+    for inputs in (["two"], ["two", "one"], ["one", "two"]):
+        for settings in ({}, {"existing": "overwrite"}):
+            folders = [tmp_path / name for name in inputs]
+            _, items = plan(folders, tmp_path / "out", done, **settings)
+            refused = [each for each in items if isinstance(each, Refusal)]
+            assert [Path(r.item.source_uri).parent.name for r in refused] == ["two"]
+
+
+def test_retry_of_a_conflict_does_not_take_the_others_output(tmp_path: Path) -> None:
+    done = finished(touch(tmp_path / "one/a.png"), tmp_path / "out")
+    loser = finished(touch(tmp_path / "two/a.png"), tmp_path / "out", failed=True)
+    done.images.update(loser.images)
+    _, items = plan([tmp_path / "two", tmp_path / "one"], tmp_path / "out", done, retry_failed=True)
+    assert [type(item) for item in items] == [Refusal]
+
+
+def test_output_is_known_by_whatever_link(tmp_path: Path) -> None:
+    touch(tmp_path / "in/a.png")
+    touch(tmp_path / "in/out/images/a.png")
+    os.symlink(tmp_path / "in", tmp_path / "link")
+    _, items = plan([tmp_path / "link"], tmp_path / "in/out")
+    assert [item.path for item in items if isinstance(item, WorkItem)] == ["a.png"]
+    assert Own("s3://b/in/out").holds("s3://b/in/out/images/x.png")
+    assert not Own("s3://b/in/out").holds("s3://b/in/out/other/x.png")
+    assert not Own(str(tmp_path / "o")).holds(str(tmp_path / "o/images2/x.png"))
+
+
+def test_range_of_a_float_image_read_in_regions_is_that_of_the_whole(tmp_path: Path) -> None:
+    geometry = Geometry(patch=256, halo=16, stride=2)
+    for scale in (1.0, 4095.0):
+        values = (picture(700, 800, 1) * scale).astype(np.float32)
+        path = tmp_path / f"{scale}.tif"
+        tifffile.imwrite(path, values[..., 0], tile=(128, 128))
+        with path.open("rb") as file:
+            got = float_range(file, geometry.regions(700, 800, region=256), name="x")
+        assert got == data_range(values)
