@@ -66,7 +66,7 @@ def check_choices(settings: Any) -> None:
     """Raise UsageError where a field of `settings` has a value outside its choices."""
     for f in dataclasses.fields(settings):
         value, choices = getattr(settings, f.name), f.metadata["choices"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             flag = f.name.replace("_", "-")
             raise UsageError(
                 f"--{flag} {value!r}: expected one of {', '.join(choices)}."
@@ -111,6 +111,9 @@ def parse_actors(value: str) -> tuple[int, int] | None:
         f"--actors {value!r}: expected 'auto', a number from 1 or MIN:MAX, for example 1:8.",
     )
     return low, high
+
+
+COMPRESSIONS = ("none", "deflate", "lzw", "zstd", "lzma", *"0123456789")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +164,9 @@ class DenoiseConfig:
         "preserve", "Output bit depth.", choices=("preserve", "8", "16", "32f")
     )
     compression: str | None = setting(
-        None, "Codec of TIFF output or quality of JPEG and WebP output.", metavar="NAME|1..100"
+        None,
+        "TIFF: none, deflate, lzw, zstd or lzma; PNG: a level of 0 to 9; default: the source's.",
+        choices=COMPRESSIONS,
     )
     copy_below: str = setting(
         "auto",
