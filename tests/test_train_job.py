@@ -37,7 +37,7 @@ PRESETS["tiny"] = {TINY!r}
 from jobs.train import main
 main()
 """
-STEPS = 400
+STEPS, EVERY = 200, 20
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,20 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(data, tmp_path_factory):
-    """(rows before the kill, output folder, exit code, stdout, stderr) of a run killed and resumed."""
+    """A run killed and resumed: rows before the kill, folder, exit code, stdout, stderr."""
     output = tmp_path_factory.mktemp("run")
     arguments = [data, "--output", output, "--preset", "tiny", "--steps", STEPS]
-    arguments += ["--validate-steps", 10, "--precision", "float32"]
+    arguments += ["--validate-steps", EVERY, "--precision", "float32"]
     process = start(*arguments)
+    known = output / "ray" / "run" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 240
-    while len(history(output)) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    # Ray learns of a checkpoint some time after the worker has written it.
+    while not (
+        len(history(output)) >= 2 and known.exists() and '"checkpoint_2' in known.read_text()
+    ):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     kill_all(process)
     before = history(output)
     return before, output, *finish(*arguments, "--resume")
@@ -104,11 +110,11 @@ def resumed(data, tmp_path_factory):
 def test_a_killed_run_goes_on_from_its_checkpoint(resumed):
     before, output, code, _, err = resumed
     assert code == 0, err
-    assert 3 <= len(before) < STEPS // 10
+    assert 2 <= len(before) < STEPS // EVERY
     steps = [int(row["step"]) for row in history(output)]
-    assert steps == list(range(10, STEPS + 1, 10))
-    # What was done before is not done again: a row from then still stands.
-    assert history(output)[:2] == before[:2]
+    assert steps == list(range(EVERY, STEPS + 1, EVERY))
+    # What was done before is not done again: a row from then still stands, its seconds too.
+    assert history(output)[0] == before[0]
     seconds = [float(row["seconds"]) for row in history(output)]
     assert seconds == sorted(seconds)
 
@@ -118,7 +124,7 @@ def test_the_driver_prints_each_report_and_nothing_on_stderr(resumed):
     before, output, _, out, err = resumed
     assert err == ""
     lines = out.splitlines()
-    assert len(lines) >= STEPS // 10 - len(before)
+    assert len(lines) > STEPS // EVERY - len(before)
     pattern = (
         r" *\d+\.\d%  step \d+  \d+ Mpx  \d+\.\d{3} Mpx/s  loss \d\.\d{5}"
         r"  validation PSNR \d+\.\d\d dB  \d+:\d\d:\d\d left"
@@ -139,7 +145,6 @@ def test_the_best_model_is_there_with_its_card(resumed, data):
     figures = [float(row["psnr"]) for row in history(output)]
     assert best.card["figures"]["validation_psnr_sigma25"] == pytest.approx(max(figures), abs=1e-3)
     assert json.loads((output / "train.json").read_text())["resume"] is True
-    assert len(list(output.glob("ray/run/checkpoint_*"))) == 2
 
 
 @pytest.mark.ray

@@ -126,9 +126,7 @@ class Resources:
     threads: int | None
 
 
-def choose_resources(
-    config: DenoiseConfig, cluster: dict[str, float], *, images: int
-) -> Resources:
+def choose_resources(config: DenoiseConfig, cluster: dict[str, float], *, images: int) -> Resources:
     """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
 
     A few images get one actor: a second would be ready when they are done.
