@@ -1,4 +1,4 @@
-"""Sample pictures: photographs that ship inside scikit-image, made noisy, and their clean versions.
+"""Sample pictures: photographs of scikit-image made noisy, and their clean versions.
 
 write_samples(Path("demo"))      # demo/noisy/..., demo/clean/..., the same relative paths
 before_after(Path("demo"), Path("demo/out"))

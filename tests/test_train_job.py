@@ -72,14 +72,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def finish(*arguments: object) -> tuple[int, str, str]:
     process = start(*arguments)
-    lines = []
-    for l in process.stdout:
-        lines.append(l)
-        print(time.time(), l.rstrip())
-    print("EOF", time.time())
-    out, err = "".join(lines), process.stderr.read()
-    process.wait()
-    print("END", time.time())
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
@@ -108,7 +101,6 @@ def resumed(data, tmp_path_factory):
     process = start(*arguments)
     known = output / "ray" / "run" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 240
-    print("START", time.time())
     # Ray learns of a checkpoint some time after the worker has written it.
     while not (
         len(history(output)) >= 2 and known.exists() and '"checkpoint_2' in known.read_text()
@@ -116,9 +108,7 @@ def resumed(data, tmp_path_factory):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    print("KILL", time.time())
     kill_all(process)
-    print("KILLED", time.time())
     before = history(output)
     return before, output, *finish(*arguments, "--resume")
 
