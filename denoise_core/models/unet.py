@@ -38,6 +38,7 @@ def build(*, widths: Sequence[int], blocks: Sequence[int], channels: int = 3) ->
         skips.append(x)
         x = layers.Conv2D(deeper, 2, strides=2, use_bias=False)(x)
     x = stage(x, widths[-1], blocks[-1])
+    x = layers.Identity(name="latent")(x)
     for width, count in reversed(list(zip(widths[:-1], blocks[:-1], strict=True))):
         x = layers.Conv2DTranspose(width, 2, strides=2, use_bias=False)(x)
         x = stage(layers.Add()([x, skips.pop()]), width, count)
