@@ -1,9 +1,10 @@
 """Speed of `jobs.denoise` against the bare model and against a plain loop, on the same images.
 
-bare model    stacked patches in memory through `Denoiser.predict`: nothing but the model
-plain loop    one process: decode, patch, predict, stitch, encode, write, one image after another,
-              with the same libraries, TensorFlow free to use all cores
-jobs.denoise  the job as a user runs it
+bare model     stacked patches in memory through `Denoiser.predict`: nothing but the model
+plain loop     one process, what one would write: decode, cut padded windows, predict in batches of
+               the Keras model with TensorFlow's own threads, stitch, encode, write, image by image
+denoiser loop  the same with `Denoiser.denoise`, the project's own, in the middle
+jobs.denoise   the job as a user runs it
 
 Each runs in a process of its own. The steady state is what was finished between the first and the
 last tenth of the images; a whole run is a process from its start to its end.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,14 @@ from denoise_core.benchmarks.processes import JobRun, run_denoise
 from denoise_core.benchmarks.tables import Result, cores, number, table
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import require, setting
-from denoise_core.denoiser import CPU_BATCH_PIXELS, GPU_BATCH_PIXELS, Denoiser
-from denoise_core.images import data_range, decode, encode
+from denoise_core.denoiser import (
+    CPU_BATCH_PIXELS,
+    GPU_BATCH_PIXELS,
+    Denoiser,
+    Geometry,
+    resolve_geometry,
+)
+from denoise_core.images import data_range, decode, encode, to_dtype
 from denoise_core.patches import Cut, batch_size, batches, cut, stack
 
 Array = np.ndarray
@@ -38,6 +45,10 @@ Array = np.ndarray
 BARE_PIXELS = 30_000_000
 MOST_PATCHES = 64  # of a batch: the Denoiser's own limit
 PROBED_PIXELS = 8_000_000  # pixels on which the cost of the metrics is measured
+# Windows that the plain loop predicts together. Of 1, 2, 4, 8, 16 and 32, 2 and 4 were the fastest
+# on two cores: 0.6 Mpx/s of windows against 0.43 in batches of 32.
+LOOP_BATCH = 4
+BARE_STACK = 8  # patches for each thread of the bare model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +85,7 @@ def run(config: ThroughputConfig) -> Result:
         same = {"folder": str(images), "model": config.model, "precision": config.precision}
         bare = call("throughput:bare_model", **same, least_s=config.bare_seconds)
         loop = call("throughput:plain_loop", **same, out=str(Path(folder) / "loop"))
+        own = call("throughput:denoiser_loop", **same, out=str(Path(folder) / "own"))
         # Nothing is copied for its low noise: all three do the same work.
         job = run_denoise(
             [str(images)],
@@ -84,6 +96,7 @@ def run(config: ThroughputConfig) -> Result:
     data = {
         "bare_model": bare.value,
         "plain_loop": loop_figures(loop),
+        "denoiser_loop": loop_figures(own),
         "job": job_figures(job),
         "processes": _cpu_by_kind(job),
         "images": len(job.rows),
@@ -138,6 +151,8 @@ def _stacks(denoiser: Denoiser, files: Sequence[Path]) -> tuple[list[Array], int
         for patch in region.patches
     ]
     limit = GPU_BATCH_PIXELS if denoiser.device == "gpu" else CPU_BATCH_PIXELS
+    # On a CPU a stack is patches that go alone, in as many threads: enough for all to be busy.
+    limit *= BARE_STACK * denoiser.threads if denoiser.threads > 1 else 1
     stacks: list[Array] = []
     core = window = 0
     for batch in batches(todo, batch_pixels=limit, most=MOST_PATCHES):
@@ -160,11 +175,56 @@ def _window(pixels: Array, item: Cut) -> Array:
 
 def plain_loop(folder: str, out: str, model: str, precision: str) -> dict[str, Any]:
     """What one would write without the job; returns times of every image and of the metrics."""
+    import tensorflow as tf
+
+    from denoise_core.devices import choose_precision
+
+    checkpoint = load_checkpoint(model)
+    network = checkpoint.build(precision=choose_precision(precision, tf))
+    shape = tf.TensorSpec((None, None, None, 3), tf.float32)
+    predict = tf.function(lambda x: network(x, training=False), input_signature=[shape])
+    geometry = resolve_geometry(checkpoint.card, patch="256", halo="auto")
+
+    def denoise(pixels: Array) -> Array:
+        return _plainly(pixels, lambda x: predict(tf.constant(x)).numpy(), geometry=geometry)
+
+    denoise(np.zeros((256, 256, 3), np.uint8))
+    return _loop(denoise, folder=folder, out=out)
+
+
+def _plainly(pixels: Array, predict: Callable[[Array], Array], *, geometry: Geometry) -> Array:
+    """Pad (H, W, 3) uint8 by reflection to whole windows, predict batches of them, paste cores."""
+    core, halo = geometry.patch, geometry.halo
+    height, width = pixels.shape[:2]
+    more = [(halo, halo + -side % core) for side in (height, width)]
+    padded = np.pad(pixels, (*more, (0, 0)), "reflect").astype(np.float32) / np.float32(255)
+    side = core + 2 * halo
+    corners = [(y, x) for y in range(0, height, core) for x in range(0, width, core)]
+    result = np.empty((*(-(-size // core) * core for size in (height, width)), 3), np.uint8)
+    for start in range(0, len(corners), LOOP_BATCH):
+        batch = corners[start : start + LOOP_BATCH]
+        outputs = predict(np.stack([padded[y : y + side, x : x + side] for y, x in batch]))
+        for (y, x), output in zip(batch, outputs, strict=True):
+            values = output[halo : halo + core, halo : halo + core]
+            result[y : y + core, x : x + core] = np.rint(np.clip(values, 0, 1) * 255)
+    return result[:height, :width]
+
+
+def denoiser_loop(folder: str, out: str, model: str, precision: str) -> dict[str, Any]:
+    """The plain loop with the project's `Denoiser`, without Ray."""
     denoiser = Denoiser(load_checkpoint(model), precision=precision)
     denoiser.warm_up()
+
+    def denoise(pixels: Array) -> Array:
+        return to_dtype(denoiser.denoise([pixels])[0], "uint8", 0.0, 255.0)
+
+    return _loop(denoise, folder=folder, out=out)
+
+
+def _loop(denoise: Callable[[Array], Array], *, folder: str, out: str) -> dict[str, Any]:
     Path(out).mkdir(parents=True)
     began, files = time.time(), picture_files(folder)
-    images = [_one_image(denoiser, path, Path(out) / path.name) for path in files]
+    images = [_one_image(denoise, path, Path(out) / path.name) for path in files]
     return {
         "began": began,
         "images": images,
@@ -173,23 +233,21 @@ def plain_loop(folder: str, out: str, model: str, precision: str) -> dict[str, A
     }
 
 
-def _one_image(denoiser: Denoiser, source: Path, target: Path) -> dict[str, float]:
+def _one_image(denoise: Callable[[Array], Array], source: Path, target: Path) -> dict[str, float]:
     times = [time.perf_counter()]
     image = decode(source.read_bytes(), name=source.name)
     times.append(time.perf_counter())
-    (values,) = denoiser.denoise([image.pixels])
+    values = denoise(image.pixels)
     times.append(time.perf_counter())
     content, _ = encode(values, image.alpha, image.metadata)
     target.write_bytes(content)
     times.append(time.perf_counter())
-    read, denoise, write = (np.diff(times) * 1e3).tolist()
+    spent = dict(zip(("read_ms", "denoise_ms", "write_ms"), np.diff(times) * 1e3, strict=True))
     height, width = image.pixels.shape[:2]
     return {
         "megapixels": height * width / 1e6,
         "finished": time.time(),
-        "read_ms": read,
-        "denoise_ms": denoise,
-        "write_ms": write,
+        **{name: float(value) for name, value in spent.items()},
     }
 
 
@@ -278,6 +336,7 @@ def _figures(
 def ratios(data: dict[str, Any]) -> dict[str, float | None]:
     """The job against the loop and the bare model, from their figures."""
     job, loop, bare = data["job"], data["plain_loop"], data["bare_model"]
+    own = data["denoiser_loop"]
 
     def quotient(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None
@@ -285,6 +344,8 @@ def ratios(data: dict[str, Any]) -> dict[str, float | None]:
     return {
         "job_to_loop_steady": quotient(job["steady_mpx_per_s"], loop["steady_mpx_per_s"]),
         "job_to_loop_whole": quotient(job["mpx_per_s"], loop["mpx_per_s"]),
+        "job_to_denoiser_loop_steady": quotient(job["steady_mpx_per_s"], own["steady_mpx_per_s"]),
+        "job_to_denoiser_loop_whole": quotient(job["mpx_per_s"], own["mpx_per_s"]),
         "job_whole_to_loop_without_startup": quotient(
             job["mpx_per_s"], loop["without_startup_mpx_per_s"]
         ),
@@ -314,7 +375,9 @@ def _body(data: dict[str, Any]) -> str:
         f"Job to plain loop: **{number(shares['job_to_loop_steady'])}** steady, "
         f"**{number(shares['job_to_loop_whole'])}** whole runs (start-up of both), "
         f"{number(shares['job_whole_to_loop_without_startup'])} whole run against a loop whose "
-        f"start-up is not counted. Job to bare model, steady: "
+        f"start-up is not counted. Job to the loop with the project's own Denoiser: "
+        f"{number(shares['job_to_denoiser_loop_steady'])} steady, "
+        f"{number(shares['job_to_denoiser_loop_whole'])} whole. Job to bare model, steady: "
         f"{number(shares['job_to_bare_steady'])}."
     )
     parts = [head, _rates(data), verdict, _work(data), _cpu(data)]
@@ -334,7 +397,11 @@ def _rates(data: dict[str, Any]) -> str:
             f"{each['after_last_image_s']:.1f} s",
             f"{each['seconds']:.1f} s",
         )
-        for name, each in (("plain loop, one process", loop), ("`jobs.denoise`", job))
+        for name, each in (
+            ("plain loop, one process", loop),
+            ("the same with our `Denoiser`", data["denoiser_loop"]),
+            ("`jobs.denoise`", job),
+        )
     ]
     note = (
         f"The bare model's pixels are those that come out; with the halo it computes "
