@@ -9,11 +9,12 @@ from typing import Any
 
 from denoise_core.config import nearest
 from denoise_core.errors import UsageError
-from denoise_core.models import unet
+from denoise_core.models import autoencoder, dense, unet
 
-MODELS = {"unet": unet}
-"""Architecture name -> module with `build(**arguments)`, `total_stride(...)`, `exact_halo(...)`
-and `mflop_per_pixel(...)`, all of which take the same arguments."""
+MODELS = {"unet": unet, "autoencoder": autoencoder, "dense": dense}
+"""Architecture name -> module with `build(**arguments)`, `total_stride(...)`, `exact_halo(...)` and
+`mflop_per_pixel(...)`, all of which take the same arguments; `input_size(...)` where the network
+takes one size only."""
 
 
 def architecture(name: str) -> Any:
@@ -21,6 +22,12 @@ def architecture(name: str) -> Any:
     if name not in MODELS:
         raise UsageError(f"Unknown architecture {name!r}.{nearest(name, MODELS)}")
     return MODELS[name]
+
+
+def input_size(name: str, **arguments: Any) -> tuple[int, int] | None:
+    """Return the one (height, width) that a network takes, None where it is free."""
+    module = architecture(name)
+    return module.input_size(**arguments) if hasattr(module, "input_size") else None
 
 
 def build_model(name: str, *, precision: str = "float32", **arguments: Any) -> Any:
