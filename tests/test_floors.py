@@ -17,7 +17,8 @@ CORE = ROOT / "denoise_core"
 # A module imports only from lower floors or, without a circle, from its own.
 FLOORS = [
     {"errors", "config"},
-    {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"},
+    {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"}
+    | {"idx"},
     {"checkpoints", "worklist", "results", "lock"},
     {"denoiser", "training_data", "training", "assemble", "report", "samples"},
     {"benchmarks", "pipelines"},
