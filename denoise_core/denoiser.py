@@ -6,6 +6,10 @@
 Images of 1 and 3 channels go through the model whole; of any other number, channel by channel.
 A grey plane is repeated to the model's three channels, and their mean is taken.
 
+What the model's card says is kept to: `input_size` [h, w], where every window has just that size
+and what leaves the image is mirrored; `data_range` [lo, hi], the values that the model was trained
+on, to and from which pixels are scaled; `float32_only`, where other precisions are not taken.
+
 On a CPU in float32 the bytes of a result depend on the image, the model and the geometry alone:
 there every patch goes through the model by itself, in kernels of one thread, and the threads share
 the patches. In a batch oneDNN's sums differ in the last bit by the batch's size, by the place in it
@@ -27,7 +31,7 @@ from denoise_core.checkpoints import Checkpoint
 from denoise_core.errors import UsageError
 from denoise_core.images import data_range, to_dtype
 from denoise_core.patches import Cut, batches, core_of, cut, is_wide, stack
-from denoise_core.tiling import Region, regions
+from denoise_core.tiling import Region, fixed_regions, regions, round_up
 
 Array = np.ndarray
 
@@ -37,6 +41,8 @@ GPU_BATCH_PIXELS = 4_000_000
 # Bytes that TensorFlow holds at the peak for each pixel of a batch and unit of model width.
 BYTES_PER_PIXEL_AND_WIDTH = 40
 AUTO_PATCHES = (1024, 512, 256)
+# `--patch` where the user has not said any; a network of one size has its own.
+DEFAULT_PATCH = "256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +64,28 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Patch core, halo and stride in pixels, resolved for one model."""
+    """Patch core, halo and stride in pixels, resolved for one model.
+
+    `input_size` (h, w) is the window of a network that takes no other; then `patch` is what the
+    halo leaves of its shorter side.
+    """
 
     patch: int
     halo: int
     stride: int
+    input_size: tuple[int, int] | None = None
 
     def regions(self, height: int, width: int, *, region: int | None = None) -> list[Region]:
         """Cut an image of that size; see `tiling.regions`."""
+        if self.input_size is not None:
+            return fixed_regions(
+                height,
+                width,
+                size=self.input_size,
+                halo=self.halo,
+                stride=self.stride,
+                region=region,
+            )
         return regions(
             height, width, core=self.patch, halo=self.halo, stride=self.stride, region=region
         )
@@ -77,11 +97,15 @@ def resolve_geometry(
     """Turn the words 'auto' and 'exact' into pixels by the model's card.
 
     A patch of 'auto' is the largest of AUTO_PATCHES whose batch of one fits into half of
-    `memory_bytes`. Raises UsageError for a patch that is no multiple of the model's total stride.
+    `memory_bytes`. A network of one size has one patch: its size less two halos. Raises UsageError
+    for a patch that is no multiple of the model's total stride or not that of its size.
     """
     stride = int(card["total_stride"])
     names = {"auto": card["default_halo"], "exact": card["exact_halo"]}
     pixels = int(names[halo]) if halo in names else int(halo)
+    if card.get("input_size"):
+        height, width = card["input_size"]
+        return _fixed_geometry((height, width), patch=patch, halo=pixels, stride=stride)
     if patch == "auto":
         width = max(card["arguments"].get("widths", (64,)))
         fits = [
@@ -95,7 +119,24 @@ def resolve_geometry(
         core = int(patch)
     if core % stride:
         raise UsageError(f"--patch {core}: the model needs a multiple of {stride}.")
-    return Geometry(core, -(-pixels // stride) * stride, stride)
+    return Geometry(core, round_up(pixels, stride), stride)
+
+
+def _fixed_geometry(size: tuple[int, int], *, patch: str, halo: int, stride: int) -> Geometry:
+    halo, text = round_up(halo, stride), f"{size[0]}x{size[1]} pixels"
+    core = min(size) - 2 * halo
+    if core < stride:
+        most = (min(size) - stride) // 2 // stride * stride
+        raise UsageError(
+            f"--halo {halo}: the model takes {text}, of which {2 * halo} of context would leave "
+            f"no core; expected at most {most}."
+        )
+    if patch not in ("auto", DEFAULT_PATCH, str(core)):
+        raise UsageError(
+            f"--patch {patch}: the model takes {text} and no other size, which with a halo of "
+            f"{halo} is a patch of {core}; leave --patch out."
+        )
+    return Geometry(core, halo, stride, size)
 
 
 class Denoiser:
@@ -120,9 +161,12 @@ class Denoiser:
         from denoise_core.devices import bound_kernels, choose_precision
 
         self.card = checkpoint.card
-        self.geometry = geometry or resolve_geometry(checkpoint.card, patch="256", halo="auto")
+        self.geometry = geometry or resolve_geometry(
+            checkpoint.card, patch=DEFAULT_PATCH, halo="auto"
+        )
         self.strength = strength
-        self.precision = choose_precision(precision, tf)
+        only = checkpoint.card.get("float32_only", False)
+        self.precision = "float32" if only else choose_precision(precision, tf)
         gpus = tf.config.get_visible_devices("GPU")
         self.device = "gpu" if gpus else "cpu"
         self._batch_pixels = GPU_BATCH_PIXELS if gpus else CPU_BATCH_PIXELS
@@ -135,18 +179,23 @@ class Denoiser:
             self._most = 1
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._channels = int(checkpoint.card["arguments"].get("channels", 3))
-        model = checkpoint.build(precision=self.precision)
-        shape = tf.TensorSpec((None, None, None, self._channels), tf.float32)
-        self._model = tf.function(lambda x: model(x, training=False), input_signature=[shape])
+        model = _in_unit_range(checkpoint.build(precision=self.precision), checkpoint.card)
+        sides = self.geometry.input_size or (None, None)
+        shape = tf.TensorSpec((None, *sides, self._channels), tf.float32)
+        self._model = tf.function(model, input_signature=[shape])
         self._constant = tf.constant
 
     def warm_up(self) -> None:
         """Trace and run the model once, so that the first image does not wait for it."""
         side = 4 * self.geometry.stride
-        self.predict(np.zeros((1, side, side, self._channels), np.float32))
+        sides = self.geometry.input_size or (side, side)
+        self.predict(np.zeros((1, *sides, self._channels), np.float32))
 
     def predict(self, batch: Array) -> Array:
-        """Run the bare model on (N, h, w, C) float32; h and w are multiples of its stride."""
+        """Run the bare model on (N, h, w, C) float32, [0, 1] as black and white.
+
+        h and w are multiples of the model's stride or, where it has one, its input size.
+        """
         if not self._alone or len(batch) == 1:
             return self._model(self._constant(batch)).numpy()
         singles = [batch[place : place + 1] for place in range(len(batch))]
@@ -228,3 +277,12 @@ class Denoiser:
             target[...] = values
         else:
             target[..., item.plane] = values[..., 0]
+
+
+def _in_unit_range(model: Any, card: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return the model as a function of values in [0, 1], whatever range it was trained on."""
+    low, high = card.get("data_range") or (0.0, 1.0)
+    if (low, high) == (0.0, 1.0):
+        return lambda x: model(x, training=False)
+    span = high - low
+    return lambda x: (model(x * span + low, training=False) - low) / span

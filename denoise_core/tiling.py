@@ -5,12 +5,13 @@ are disjoint and cover the axis. A window reaches at least `halo` pixels beyond 
 end of the axis, where the model's own zero padding then stands just as in whole-image inference.
 Window origins are multiples of the model's total stride; the axis itself is taken as padded at its
 end to such a multiple. So with a halo of the receptive radius the result is that of the whole
-image.
+image. A network that takes one size only gets windows of just that size (`split_fixed`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +109,55 @@ def _tile(start: int, stop: int, *, padded: int, core: int, halo: int) -> Tile:
     return Tile(start, stop, first, first + size)
 
 
+def split_fixed(length: int, *, size: int, halo: int, stride: int) -> tuple[Tile, ...]:
+    """Cut an axis of `length` pixels to windows of exactly `size`, for a network of that size.
+
+    `halo` is a multiple of `stride` and leaves a core: 2 halo + stride <= size. The last window is
+    moved back to the end of the axis, so that the network's own padding stands there; cores meet
+    in the middle of what their windows share. An axis shorter than `size` is one window that
+    reaches beyond it.
+    """
+    core = size - 2 * halo
+    if length < 1 or halo < 0 or core < stride or halo % stride:
+        raise ValueError(f"split_fixed({length}, size={size}, halo={halo}, stride={stride})")
+    if length <= size:
+        return (Tile(0, length, 0, size),)
+    final = round_up(length - size, stride)
+    firsts = [*range(0, final, core // stride * stride), final]
+    bounds = [0, *((left + size + right) // 2 for left, right in pairwise(firsts)), length]
+    return tuple(
+        Tile(start, stop, first, first + size)
+        for (start, stop), first in zip(pairwise(bounds), firsts, strict=True)
+    )
+
+
 def regions(
     height: int, width: int, *, core: int, halo: int, stride: int, region: int | None = None
 ) -> list[Region]:
     """Cut an image to regions of whole patches, `region` pixels a side or, with None, to one."""
     rows = split(height, core=core, halo=halo, stride=stride)
     columns = split(width, core=core, halo=halo, stride=stride)
-    count = max(len(rows), len(columns)) if region is None else max(1, region // core)
+    return _group(rows, columns, count=None if region is None else max(1, region // core))
+
+
+def fixed_regions(
+    height: int,
+    width: int,
+    *,
+    size: tuple[int, int],
+    halo: int,
+    stride: int,
+    region: int | None = None,
+) -> list[Region]:
+    """Cut an image to regions of patches whose windows all have `size` (h, w) pixels."""
+    rows = split_fixed(height, size=size[0], halo=halo, stride=stride)
+    columns = split_fixed(width, size=size[1], halo=halo, stride=stride)
+    core = max(size) - 2 * halo
+    return _group(rows, columns, count=None if region is None else max(1, region // core))
+
+
+def _group(rows: tuple[Tile, ...], columns: tuple[Tile, ...], *, count: int | None) -> list[Region]:
+    count = count or max(len(rows), len(columns))
     return [
         Region(rows[i : i + count], columns[j : j + count])
         for i in range(0, len(rows), count)
