@@ -1,8 +1,10 @@
-"""Checkpoints: a folder or a pair of files with weights (safetensors) and a JSON card.
+"""Checkpoints: a folder or a pair of files with weights (safetensors) and a JSON card, or a user's
+own Keras file.
 
 `NAME.safetensors` holds arrays named `0000`, `0001`, ... in the order of the model's weights;
 `NAME.json`, the card, says everything else: architecture and arguments, halo, noise, data,
-figures and the SHA-256 of the weights. Loading runs no code from either file.
+figures and the SHA-256 of the weights. Loading runs no code from either file, and none from a Keras
+file, whose card is made by `keras_files`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 
 from denoise_core.config import nearest
 from denoise_core.errors import CheckpointError, UsageError
+from denoise_core.keras_files import is_keras_file, load_model, read_card
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
 CARD_VERSION = 1
@@ -76,22 +79,50 @@ class Checkpoint:
         return model
 
 
+@dataclass(frozen=True, slots=True)
+class KerasCheckpoint(Checkpoint):
+    """A user's own Keras file: `weights_path` is the file, and its `hash` that of the whole file.
+
+    It computes in float32 whatever precision is asked for.
+    """
+
+    def weights(self) -> list[np.ndarray]:
+        """Read the weights as float32 arrays in the model's order. Raises CheckpointError."""
+        return [np.asarray(each, np.float32) for each in self.build().get_weights()]
+
+    def build(self, *, precision: str = "float32") -> Any:
+        """Load the Keras model, (N, h, w, C) -> the same. Raises CheckpointError."""
+        return load_model(self.weights_path, sha256=self.hash)
+
+
 def shipped_names() -> list[str]:
     """Return the names of the models that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
-def load_checkpoint(name: str) -> Checkpoint:
-    """Find a checkpoint by shipped name, folder, card or weights file.
+def load_checkpoint(name: str, *, model_range: str = "auto", measure: bool = True) -> Checkpoint:
+    """Find a checkpoint by shipped name, folder, card or weights file, or a user's Keras file.
 
-    Raises UsageError where there is none, CheckpointError where its card is damaged.
+    `model_range` and `measure` are of Keras files alone: 'LO:HI', the values that the model was
+    trained on, and whether stride and halo are measured (some seconds, once for each file); who
+    has a geometry needs neither. Raises UsageError where there is no such model, CheckpointError
+    where its card is damaged or a Keras file is refused.
     """
     card_path = _card_path(name)
+    if is_keras_file(name) and Path(name).is_file():
+        card = read_card(Path(name), model_range=model_range, measure=measure)
+        return KerasCheckpoint(card["name"], Path(name), card)
     if not card_path.is_file():
         known = shipped_names()
         raise UsageError(
             f"--model {name!r}: neither a shipped model ({', '.join(known) or 'none'}) nor a "
-            f"folder with model.json and model.safetensors.{nearest(name, known)}"
+            "folder with model.json and model.safetensors nor a Keras file (.keras, .h5)."
+            f"{nearest(name, known)}"
+        )
+    if model_range != "auto":
+        raise UsageError(
+            f"--model-range {model_range}: {name} states its own range; the flag is for Keras "
+            "files (.keras, .h5)."
         )
     card = _read_card(card_path)
     return Checkpoint(card.get("name", card_path.stem), card_path.with_suffix(".safetensors"), card)

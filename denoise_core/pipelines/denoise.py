@@ -22,7 +22,7 @@ import numpy as np
 from denoise_core import results, worklist
 from denoise_core.checkpoints import Checkpoint, load_checkpoint, shipped_names
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
-from denoise_core.denoiser import resolve_geometry
+from denoise_core.denoiser import Geometry, resolve_geometry
 from denoise_core.errors import ObjectNotFound, UsageError
 from denoise_core.lock import Lock, output_lock
 from denoise_core.pipelines.job import Facts, Job, now
@@ -94,10 +94,12 @@ def run_denoising(
     config = absolute(config)
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
     storage = storage_for(config.output, options)
-    checkpoint = load_checkpoint(config.model)
+    checkpoint = load_checkpoint(config.model, model_range=config.model_range)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     job = _make_job(config, checkpoint, run_id=run_id, options=options)
     _refuse_circular(config)
+    for line in model_notes(config, checkpoint, job.geometry):
+        watcher.note(line)
     if config.dry_run:
         return _dry_run(job, storage)
     _refuse_foreign(storage, config.output)
@@ -105,6 +107,23 @@ def run_denoising(
         if lock.taken_from:
             watcher.note(f"Took over the lock of run {lock.taken_from}, which is dead.")
         return _Run(job, checkpoint, storage, watcher, lock, start_ray or (lambda: None)).run()
+
+
+def model_notes(config: DenoiseConfig, checkpoint: Checkpoint, geometry: Geometry) -> Iterator[str]:
+    """Yield what a user should know of a Keras file of theirs; of our own models nothing."""
+    card = checkpoint.card
+    if "notes" not in card:
+        return
+    low, high = card["data_range"]
+    size = "x".join(map(str, card["input_size"])) if card["input_size"] else "images of any size"
+    yield (
+        f"{checkpoint.name}: {size}, {card['arguments']['channels']} channel(s), values "
+        f"{low:g}:{high:g}; patches of {geometry.patch} with a halo of {geometry.halo} (measured: "
+        f"{card['default_halo']}, exact {card['exact_halo']})."
+    )
+    yield from (f"{checkpoint.name}: {note}." for note in card["notes"])
+    if config.precision == "bfloat16":
+        yield f"{checkpoint.name}: --precision bfloat16 is for our own models; using float32."
 
 
 def absolute(config: DenoiseConfig) -> DenoiseConfig:

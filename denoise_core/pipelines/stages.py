@@ -417,7 +417,8 @@ class Denoise:
         self.job, self.guard = job, Guard(job, "denoise", ledger)
         size = job.config.batch_size
         self.denoiser = Denoiser(
-            load_checkpoint(model),
+            # Stride and halo of a user's Keras file are in the geometry, measured by the driver.
+            load_checkpoint(model, model_range=job.config.model_range, measure=False),
             geometry=job.geometry,
             batch_size=None if size == "auto" else int(size),
             strength=job.config.strength,

@@ -1,0 +1,145 @@
+"""Total stride and halo of a user's Keras file, measured once in a process of its own.
+
+    python -m denoise_core.keras_files.measuring FILE LO:HI      # prints one line of JSON
+
+The process computes on the CPU in float32, whatever the caller has; so a driver needs no TensorFlow
+and a GPU's rounding changes nothing. The figures are kept under ~/.cache/denoise-jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from denoise_core.config import parse_data_range
+from denoise_core.errors import CheckpointError
+from denoise_core.keras_files.loading import load_model
+from denoise_core.keras_files.reading import describe
+from denoise_core.keras_files.receptive import measure
+
+# A new way of measuring makes earlier figures void.
+MEASUREMENT = 1
+MEASURE_S = 600
+
+Figures = dict[str, Any]
+
+
+def figures_of(path: Path, digest: str, bounds: tuple[float, float]) -> Figures:
+    """Return total_stride, default_halo, exact_halo and notes: kept, or from a process."""
+    text = f"{bounds[0]!r}:{bounds[1]!r}"
+    kept = _cache() / f"{digest}-{text.replace(':', '-')}-{MEASUREMENT}.json"
+    try:
+        return _figures(kept.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = [sys.executable, "-m", "denoise_core.keras_files.measuring", str(path), text]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=MEASURE_S, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise CheckpointError(
+            f"{path}: could not be measured in {MEASURE_S} s; it is too large for this machine."
+        ) from error
+    try:
+        result = json.loads(done.stdout.splitlines()[-1])
+        if "error" in result:
+            raise CheckpointError(str(result["error"]))
+        figures = _figures(json.dumps(result).encode())
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise CheckpointError(
+            f"{path}: the process that measured it ended with code {done.returncode} "
+            f"({''.join(last)})."
+        ) from error
+    _keep(kept, figures)
+    return figures
+
+
+def _figures(data: bytes) -> Figures:
+    table = json.loads(data)
+    names = ("total_stride", "default_halo", "exact_halo")
+    return {**{name: int(table[name]) for name in names}, "notes": [str(n) for n in table["notes"]]}
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "denoise-jobs" / "keras"
+
+
+def _keep(path: Path, figures: Figures) -> None:
+    """Write the figures for later runs; a home that cannot be written costs them only time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(figures))
+        temporary.replace(path)
+    except OSError:
+        return
+
+
+def measure_file(path: Path, bounds: tuple[float, float]) -> Figures:
+    """Load and measure a file in this process. Raises CheckpointError."""
+    description = describe(path)
+    model = load_model(path)
+    try:
+        found = measure(
+            _predict(model, bounds),
+            channels=description.channels,
+            input_size=description.input_size,
+            strides=description.strides,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {
+        "total_stride": found.stride,
+        "default_halo": found.default_halo,
+        "exact_halo": found.exact_halo,
+        "notes": [found.note] if found.note else [],
+    }
+
+
+def _predict(model: Any, bounds: tuple[float, float]) -> Callable[[np.ndarray], np.ndarray | None]:
+    import tensorflow as tf
+
+    low, span = np.float32(bounds[0]), np.float32(bounds[1] - bounds[0])
+
+    def predict(batch: np.ndarray) -> np.ndarray | None:
+        try:
+            result: np.ndarray = model(batch * span + low, training=False).numpy()
+        except (ValueError, tf.errors.OpError):
+            return None
+        return (result - low) / span
+
+    return predict
+
+
+def main() -> None:
+    """Measure the file named on the command line and print its figures, or an error, as JSON."""
+    from denoise_core.devices import configure_tensorflow
+
+    path, text = sys.argv[1:3]
+    configure_tensorflow(threads=None, use_gpu=False)
+    try:
+        bounds = parse_data_range(text) or (0.0, 1.0)
+        result = measure_file(Path(path), bounds)
+    except CheckpointError as error:
+        result = {"error": str(error)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

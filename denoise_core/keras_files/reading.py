@@ -1,0 +1,376 @@
+"""Opens a user's Keras file without TensorFlow, and refuses whatever could run code.
+
+Nothing in a file is ever run. Its archive may hold the three members that Keras writes and no
+others, its HDF5 no links to elsewhere, its configuration only the layers named here, all of them
+Keras' own. Of that, `clean_copy` writes what is loaded: without optimizer, loss and metrics, and
+with float32 as the type of every layer.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from denoise_core.errors import CheckpointError
+
+ENDINGS = (".keras", ".h5", ".hdf5")
+MEMBERS = {"config.json", "metadata.json", "model.weights.h5"}
+CONFIG_BYTES = 64 << 20
+MODEL_BYTES = 4 << 30
+# A total stride of more pixels is not looked for.
+MOST_STRIDE = 256
+
+LAYERS = """
+    InputLayer Functional Model Sequential Conv2D Conv2DTranspose SeparableConv2D DepthwiseConv2D
+    MaxPooling2D AveragePooling2D GlobalAveragePooling2D GlobalMaxPooling2D UpSampling2D
+    ZeroPadding2D Cropping2D Resizing Rescaling Normalization Dense Flatten Reshape Permute
+    RepeatVector Identity Activation ReLU LeakyReLU PReLU ELU Softmax BatchNormalization
+    LayerNormalization GroupNormalization UnitNormalization RMSNormalization SpectralNormalization
+    Dropout SpatialDropout2D GaussianNoise GaussianDropout AlphaDropout ActivityRegularization Add
+    Subtract Multiply Average Maximum Minimum Concatenate Dot Attention AdditiveAttention
+    MultiHeadAttention TimeDistributed
+"""
+OPERATIONS = """
+    Add Subtract Multiply Divide TrueDivide Negative Absolute Square Sqrt Exp Log Clip Maximum
+    Minimum Mean Sum Max Concatenate Reshape Transpose ExpandDims Squeeze GetItem Pad Cast Relu
+    Relu6 LeakyRelu Sigmoid HardSigmoid Tanh Silu Gelu Elu Selu Softplus Softmax DepthToSpace
+    SpaceToDepth
+"""
+PARTS = """
+    Zeros Ones Constant RandomNormal RandomUniform TruncatedNormal VarianceScaling GlorotNormal
+    GlorotUniform HeNormal HeUniform LecunNormal LecunUniform Orthogonal OrthogonalInitializer
+    IdentityInitializer L1 L2 L1L2 OrthogonalRegularizer MaxNorm MinMaxNorm NonNeg UnitNorm
+    DTypePolicy Policy TensorShape __keras_tensor__ __tuple__ __slice__ __ellipsis__
+"""
+KNOWN = frozenset(f"{LAYERS} {OPERATIONS} {PARTS}".split())
+DOWN = {"Conv2D", "SeparableConv2D", "DepthwiseConv2D", "MaxPooling2D", "AveragePooling2D"}
+# What Keras 2 wrote for some layers, without meaning there, and Keras 3 does not know.
+GONE = {
+    "Conv2DTranspose": {"groups"},
+    "DepthwiseConv2D": {"groups"},
+    "SeparableConv2D": {"groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"},
+}
+FLOATS = {"float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16"}
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a file says of its model.
+
+    `input_size` is (h, w), or None for any size; `has_channel_axis` is False for inputs (N, h, w).
+    `strides`, ascending, are the total strides that its layers can come to.
+    """
+
+    channels: int
+    input_size: tuple[int, int] | None
+    has_channel_axis: bool
+    strides: tuple[int, ...]
+
+
+def describe(path: Path) -> Description:
+    """Check a file and read its input shape, without TensorFlow. Raises CheckpointError."""
+    model = _config_of(path, _opened(path))
+    _check(path, model)
+    shape = _input_shape(path, model)
+    channels = shape[-1] if len(shape) == 4 else 1
+    if len(shape) not in (3, 4) or not isinstance(channels, int):
+        raise CheckpointError(
+            f"{path}: its input is {tuple(shape)}; expected images, (None, height, width, channels)"
+            " with a number of channels: begin the model with keras.Input((28, 28, 1)) or the like."
+        )
+    height, width = shape[1:3]
+    if (height is None) != (width is None):
+        raise CheckpointError(
+            f"{path}: its input is {tuple(shape)}; expected height and width both given or both "
+            "None."
+        )
+    size = None if height is None or width is None else (height, width)
+    return Description(channels, size, len(shape) == 4, _strides(model))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a model file's bytes. Raises CheckpointError."""
+    try:
+        if path.stat().st_size > MODEL_BYTES:
+            raise CheckpointError(f"{path}: has more than {MODEL_BYTES >> 30} GiB.")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _opened(path: Path) -> bytes | None:
+    """Return the configuration's bytes. Raises CheckpointError where there is none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    zipped = path.suffix.lower() == ".keras"
+    if not head.startswith(b"PK\x03\x04" if zipped else b"\x89HDF\r\n\x1a\n"):
+        kind = "zip archive as Keras writes .keras" if zipped else "HDF5 file as Keras writes .h5"
+        raise CheckpointError(f"{path}: is no {kind}; save the model again by model.save(...).")
+    try:
+        return _zipped_config(path) if zipped else _hdf5_config(path)
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}).") from error
+
+
+def _zipped_config(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        strange = [name for name in names if name not in MEMBERS]
+        if strange or len(names) != len(set(names)):
+            raise CheckpointError(
+                f"{path}: holds {(strange or names)[0]!r}, which is no part of a model of Keras' "
+                "own layers, and nothing of a file is unpacked or run but its layers and weights; "
+                "save the model again by model.save('x.keras')."
+            )
+        if archive.getinfo("config.json").file_size > CONFIG_BYTES:
+            raise CheckpointError(f"{path}: its configuration is larger than 64 MiB.")
+        if sum(archive.getinfo(name).file_size for name in names) > MODEL_BYTES:
+            raise CheckpointError(f"{path}: unpacks to more than {MODEL_BYTES >> 30} GiB.")
+        return archive.read("config.json")
+
+
+def _hdf5_config(path: Path) -> bytes | None:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        _check_hdf5(path, file)
+        config = file.attrs.get("model_config")
+        return config.encode() if isinstance(config, str) else config
+
+
+def _check_hdf5(path: Path, file: Any) -> None:
+    """Refuse HDF5 whose groups and arrays lie elsewhere than in the file itself."""
+    import h5py
+
+    waiting, seen = [file["/"]], set()
+    while waiting:
+        group = waiting.pop()
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise CheckpointError(
+                    f"{path}: {name!r} is a link to data elsewhere; save the model again by "
+                    "model.save(...)."
+                )
+            item = group[name]
+            if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                raise CheckpointError(f"{path}: the array {name!r} lies in another file.")
+            address = h5py.h5o.get_info(item.id).addr
+            if isinstance(item, h5py.Group) and address not in seen:
+                seen.add(address)
+                waiting.append(item)
+
+
+def _config_of(path: Path, data: bytes | None) -> Config:
+    if data is None:
+        raise CheckpointError(
+            f"{path}: holds weights without the layers that they belong to; save the whole model "
+            "by model.save('x.keras') in place of model.save_weights(...)."
+        )
+    try:
+        model = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its configuration is no JSON ({error}).") from error
+    if not (isinstance(model, dict) and isinstance(model.get("config"), dict | list)):
+        raise CheckpointError(f"{path}: its configuration is that of no Keras model.")
+    return model
+
+
+def _objects(node: Any) -> Iterator[Config]:
+    """Yield every description of an object inside a configuration, outer ones first."""
+    if isinstance(node, dict):
+        if "class_name" in node:
+            yield node
+        for key, value in node.items():
+            if key != "compile_config":
+                yield from _objects(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _objects(value)
+
+
+def _check(path: Path, model: Config) -> None:
+    """Raise CheckpointError unless every object is a known class of Keras itself."""
+    for found in _objects(model):
+        name, config = found["class_name"], found.get("config")
+        module = found.get("module") or "keras"
+        own = isinstance(module, str) and (module == "keras" or module.startswith("keras."))
+        registered = found.get("registered_name") in (None, name)
+        if not (own and registered and name in KNOWN):
+            label = config.get("name") if isinstance(config, dict) else None
+            raise CheckpointError(_refusal(path, str(name), str(label or config)[:60]))
+        if isinstance(config, dict) and config.get("data_format") == "channels_first":
+            raise CheckpointError(
+                f"{path}: its layers are channels_first; expected (height, width, channels): build "
+                "the model with data_format='channels_last' and save it again."
+            )
+
+
+def _refusal(path: Path, name: str, label: str) -> str:
+    what = {
+        "Lambda": f"the Lambda layer {label!r}",
+        "__lambda__": "a Python lambda",
+        "function": f"the function {label!r}",
+        "TFOpLambda": f"the TensorFlow operation {label!r}",
+        "SlicingOpLambda": f"the TensorFlow operation {label!r}",
+    }.get(name, f"{name!r}, which is none of Keras' own layers for images")
+    return (
+        f"{path}: holds {what}. To load it would need code, and no code of a model file is run; "
+        "replace it by Keras' own layers (Add for +, Rescaling for *, Activation, ...) and save "
+        "the model again."
+    )
+
+
+def _input_shape(path: Path, model: Config) -> list[int | None]:
+    """Return the one input's shape with its batch axis."""
+    config = model["config"]
+    layers = config["layers"] if isinstance(config, dict) else config
+    if model["class_name"] != "Sequential":
+        for kind in ("input", "output"):
+            names = _ends(config.get(f"{kind}_layers"))
+            if len(names) != 1:
+                raise CheckpointError(
+                    f"{path}: has {len(names)} {kind}s; expected one image in and one out."
+                )
+        (name,) = _ends(config["input_layers"])
+        layers = [
+            layer for layer in layers if (layer.get("name") or layer["config"]["name"]) == name
+        ]
+    if not layers:
+        raise CheckpointError(f"{path}: has no layers.")
+    first = layers[0]["config"]
+    built = layers[0].get("build_config") or {}
+    shape = first.get("batch_shape") or first.get("batch_input_shape")
+    if shape is None and "layers" in first:
+        return _input_shape(path, layers[0])
+    whole = config.get("build_input_shape") if isinstance(config, dict) else None
+    shape = shape or built.get("input_shape") or whole
+    if not isinstance(shape, list):
+        raise CheckpointError(
+            f"{path}: does not say the shape of its input; begin the model with keras.Input(...)."
+        )
+    return shape
+
+
+def _ends(layers: Any) -> list[str]:
+    """Return the names in `input_layers`: [[name, 0, 0], ...], or [name, 0, 0] for one alone."""
+    if not isinstance(layers, list):
+        return []
+    if layers and isinstance(layers[0], str):
+        return [layers[0]]
+    return [name for entry in layers for name in _ends(entry)]
+
+
+def _strides(model: Config) -> tuple[int, ...]:
+    """Return the divisors, up to MOST_STRIDE, of all steps down together."""
+    total = 1
+    for layer in _objects(model):
+        config = layer.get("config")
+        if layer["class_name"] in DOWN and isinstance(config, dict):
+            step = config.get("strides") or config.get("pool_size") or 1
+            total *= math.lcm(*(step if isinstance(step, list) else [int(step)]))
+    return tuple(n for n in range(1, min(total, MOST_STRIDE) + 1) if total % n == 0)
+
+
+def _clean(node: Any) -> Any:
+    """Return a configuration without what trains a model, in float32, as Keras 3 reads it."""
+    if isinstance(node, list):
+        return [_clean(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _clean(value) for key, value in node.items() if key != "compile_config"}
+    if isinstance(node.get("dtype"), str) and node["dtype"] in FLOATS:
+        node["dtype"] = "float32"
+    name, config = node.get("class_name"), node.get("config")
+    if name in ("DTypePolicy", "Policy"):
+        node["config"] = {"name": "float32"}
+    elif isinstance(config, dict):
+        for key in GONE.get(str(name), ()):
+            config.pop(key, None)
+        if name == "LeakyReLU" and "alpha" in config:
+            config["negative_slope"] = config.pop("alpha")
+        for key in ("batch_shape", "batch_input_shape"):
+            if isinstance(config.get(key), list):
+                config[key] = [None, *config[key][1:]]
+        if name == "InputLayer":
+            config["dtype"] = "float32"
+        _renumber(config)
+        for key in ("input_layers", "output_layers"):
+            # Keras 3 takes [[name, 0, 0]] for a list of one image, and warns of a bare one.
+            if isinstance(config.get(key), list) and len(config[key]) == 1:
+                config[key] = config[key][0]
+    return node
+
+
+def _renumber(config: Config) -> None:
+    """Count the calls of nested models from 0, as Keras 3 does: for Keras 2 their making was 0."""
+    layers = config.get("layers")
+    if not isinstance(layers, list):
+        return
+    calls = {layer["name"]: layer["inbound_nodes"] for layer in layers if "inbound_nodes" in layer}
+    ends = [config.get("input_layers"), config.get("output_layers")]
+    used = list(_references([*calls.values(), *ends]))
+    for layer in layers:
+        name = layer.get("name")
+        nested = isinstance(layer["config"], dict) and "layers" in layer["config"]
+        own = [place for place in used if place[0] == name]
+        if nested and own and max(place[1] for place in own) >= len(calls[name]):
+            for place in own:
+                place[1] -= 1
+
+
+def _references(node: Any) -> Iterator[list[Any]]:
+    """Yield the lists [layer, call, output, ...] of a configuration of Keras 2."""
+    if isinstance(node, list):
+        if len(node) >= 3 and isinstance(node[0], str) and isinstance(node[1], int):
+            yield node
+        else:
+            for value in node:
+                yield from _references(value)
+
+
+def clean_copy(path: Path, data: bytes, folder: Path) -> Path:
+    """Write what is loaded of a file: its cleaned configuration and its weights."""
+    copy = folder / f"model{path.suffix.lower()}"
+    if path.suffix.lower() == ".keras":
+        with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(copy, "w") as target:
+            model = _config_of(path, source.read("config.json"))
+            weights = source.read("model.weights.h5")
+            _check(path, model)
+            _check_weights(path, weights)
+            target.writestr("metadata.json", source.read("metadata.json"))
+            target.writestr("config.json", json.dumps(_clean(model)))
+            target.writestr("model.weights.h5", weights)
+        return copy
+    import h5py
+
+    copy.write_bytes(data)
+    with h5py.File(copy, "r+") as file:
+        _check_hdf5(path, file)
+        config = file.attrs["model_config"]
+        model = _config_of(path, config.encode() if isinstance(config, str) else config)
+        _check(path, model)
+        for name in ("model_config", "training_config"):
+            file.attrs.pop(name, None)
+        file.attrs["model_config"] = json.dumps(_clean(model))
+    return copy
+
+
+def _check_weights(path: Path, weights: bytes) -> None:
+    import h5py
+
+    try:
+        with h5py.File(io.BytesIO(weights), "r") as file:
+            _check_hdf5(path, file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its weights are damaged ({error}).") from error

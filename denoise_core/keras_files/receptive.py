@@ -1,0 +1,232 @@
+"""Measures what an unknown network needs around a pixel: its total stride and its halo.
+
+    found = measure(predict, channels=3, input_size=None, strides=(1, 2, 4))
+
+Nothing but the function is looked at, in float32 on made pictures:
+- where half of a picture is changed to other values, the change reaches as far into the other half
+  as the receptive radius (the exact halo), to within INVISIBLE of the value range;
+- two windows, moved against each other by a core, agree where they meet once each has enough
+  context there: the least halo for which they do to within half an 8-bit level is the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from denoise_core.errors import CheckpointError
+from denoise_core.tiling import round_up
+
+Array = np.ndarray
+Predict = Callable[[Array], Array | None]
+"""(N, h, w, C) float32 in [0, 1] -> the same, or None where the network does not take that size."""
+
+INVISIBLE = 1e-5
+HALF_LEVEL = 0.5 / 255
+# Windows of a network of any size, in pixels: doubled up to where an influence ends inside one.
+WINDOWS = (64, 128, 256, 512)
+# Wider halos than this, or than a quarter of a network's one size, cost more than they are worth.
+MOST_HALO = 64
+# Halos are tried in steps of at least so many pixels.
+STEP = 4
+# Two odd numbers: sizes of an odd number of cells show a cell that is too small.
+CELLS = (11, 13)
+
+
+@dataclass(frozen=True, slots=True)
+class Receptive:
+    """What was measured, in pixels; `note` is a sentence where no halo makes patches equal."""
+
+    stride: int
+    default_halo: int
+    exact_halo: int
+    note: str = ""
+
+
+def measure(
+    predict: Predict,
+    *,
+    channels: int,
+    input_size: tuple[int, int] | None,
+    strides: Sequence[int],
+) -> Receptive:
+    """Measure `predict`, a network of any size or of `input_size` (h, w).
+
+    `strides`, ascending, are the total strides that it can have; the first that fits is taken.
+    Raises CheckpointError where an output is not of its input's shape at any of them.
+    """
+    probe = _Probe(predict, channels)
+    if input_size is None:
+        return _measure_free(probe, strides)
+    return _measure_fixed(probe, input_size, strides)
+
+
+def _measure_free(probe: _Probe, strides: Sequence[int]) -> Receptive:
+    taken = [stride for stride in strides if probe.takes(CELLS[0] * stride, CELLS[1] * stride)]
+    if not taken:
+        height, width = (cells * strides[-1] for cells in CELLS)
+        raise CheckpointError(
+            f"the model does not give images of {height}x{width} pixels back in their own "
+            "shape; expected padding 'same' and as much up- as downsampling."
+        )
+    for stride in taken:
+        radius = _free_radius(probe, stride)
+        if radius is None:
+            break
+        side = round_up(2 * radius, stride) + 6 * stride
+        if probe.repeats((side, side), stride=stride, radius=radius):
+            exact = round_up(radius, stride)
+            halo, _ = _least_halo(probe, None, stride=stride, most=exact)
+            return Receptive(stride, halo, exact)
+    halo, seam = _least_halo(probe, None, stride=taken[-1], most=MOST_HALO)
+    note = f"a pixel depends on the whole input, however large it is{_remaining(halo, seam)}"
+    return Receptive(taken[-1], halo, halo, note)
+
+
+def _free_radius(probe: _Probe, stride: int) -> int | None:
+    for window in WINDOWS:
+        side = round_up(max(window, 8 * stride), stride)
+        radius = probe.radius((side, side), stride)
+        if radius is not None:
+            return radius
+    return None
+
+
+def _measure_fixed(probe: _Probe, size: tuple[int, int], strides: Sequence[int]) -> Receptive:
+    if not probe.takes(*size):
+        raise CheckpointError(
+            f"the model does not give images of {size[0]}x{size[1]} pixels back in their own shape."
+        )
+    fitting = [stride for stride in strides if size[0] % stride == size[1] % stride == 0]
+    stride, exact = fitting[-1], 0
+    for candidate in fitting:
+        radius = probe.radius(size, candidate)
+        if radius is None:
+            break
+        exact = round_up(radius, stride)
+        room = min(size) - 2 * radius - 2 * candidate
+        if room > 0 and probe.repeats(size, stride=candidate, radius=radius):
+            stride, exact = candidate, round_up(radius, candidate)
+            break
+    most = min(size) // 4 // stride * stride
+    halo, seam = _least_halo(probe, size, stride=stride, most=most)
+    note = _remaining(halo, seam).removeprefix("; ")
+    return Receptive(stride, halo, max(halo, exact), note)
+
+
+def _least_halo(
+    probe: _Probe, size: tuple[int, int] | None, *, stride: int, most: int
+) -> tuple[int, float]:
+    """Return the least halo whose seams are invisible, and its seam in units of the range.
+
+    Where none up to `most` is, the one of the least seam if that is at most a quarter of the seam
+    without any halo; else 0, since more context would cost time and help little.
+    """
+    seams: dict[int, float] = {}
+    for halo in (*range(0, most, round_up(STEP, stride)), most):
+        side = round_up(32, stride) + 2 * halo
+        seams[halo] = probe.seam(size or (side, side), halo)
+        if seams[halo] <= HALF_LEVEL:
+            return halo, seams[halo]
+    best = min(seams, key=lambda halo: (seams[halo], halo))
+    best = best if seams[best] <= seams[0] / 4 else 0
+    return best, seams[best]
+
+
+def _remaining(halo: int, seam: float) -> str:
+    if seam <= HALF_LEVEL:
+        return ""
+    what = f"with a halo of {halo}" if halo else "without a halo, as none would help,"
+    return (
+        f"; {what} neighbouring patches differ by up to {255 * seam:.1f} levels of 255 where they "
+        "meet"
+    )
+
+
+class _Probe:
+    """A network and the pictures that it is tried on."""
+
+    def __init__(self, predict: Predict, channels: int) -> None:
+        self.predict, self.channels = predict, channels
+
+    def takes(self, height: int, width: int) -> bool:
+        """Return whether an input of that size comes back in its own shape."""
+        result = self.predict(np.zeros((1, height, width, self.channels), np.float32))
+        return result is not None and result.shape == (1, height, width, self.channels)
+
+    def run(self, batch: Array) -> Array:
+        """Predict; a size that is not taken was asked for by mistake."""
+        result = self.predict(batch)
+        if result is None or result.shape != batch.shape:
+            raise CheckpointError(
+                f"the model does not give an input of shape {batch.shape} back in its own shape."
+            )
+        return result
+
+    def pictures(self, height: int, width: int) -> Array:
+        """Return (3, h, w, C): smooth with noise of 25/255, smooth with edges, noise alone."""
+        rng = np.random.default_rng(0)
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        smooth = 0.5 + 0.25 * np.sin(x / 7) * np.cos(y / 5)
+        edges = smooth + np.where((x // 13 + y // 9) % 2 == 0, 0.2, -0.2)
+        planes = np.stack([smooth, edges, np.full_like(smooth, 0.5)])
+        values = np.repeat(planes[..., None], self.channels, axis=3)
+        sigma = np.array([25 / 255, 0.0, 0.25]).reshape(3, 1, 1, 1)
+        noisy = values + sigma * rng.standard_normal(values.shape)
+        return noisy.astype(np.float32)
+
+    def radius(self, size: tuple[int, int], stride: int) -> int | None:
+        """Return how far a change of one half reaches into the other; None where to the far end.
+
+        The halves meet on a multiple of `stride`.
+        """
+        base = self.pictures(*size)
+        before = self.run(base)
+        reaches = []
+        for axis in (1, 2):
+            middle = size[axis - 1] // 2 // stride * stride
+            for side in (slice(0, middle), slice(middle, None)):
+                half = (slice(None),) * axis + (side,)
+                for values in (0.0, 1.0 - base[half]):
+                    other = base.copy()
+                    other[half] = values
+                    moved = np.abs(self.run(other) - before) > INVISIBLE
+                    lines = moved.any(axis=tuple({0, 1, 2, 3} - {axis}))
+                    # From where the halves meet outwards.
+                    rest = lines[middle:] if side.start == 0 else lines[:middle][::-1]
+                    reaches.append(int(np.max(np.nonzero(rest)[0], initial=-1)) + 1)
+                    if reaches[-1] == rest.size:
+                        return None
+        return max(reaches)
+
+    def repeats(self, size: tuple[int, int], *, stride: int, radius: int) -> bool:
+        """Return whether a window moved by `stride` gives, in its middle, the moved output."""
+        height, width = size
+        whole = self.pictures(height + stride, width + stride)
+        first = self.run(np.ascontiguousarray(whole[:, :height, :width]))
+        second = self.run(np.ascontiguousarray(whole[:, stride:, stride:]))
+        rows, columns = (slice(radius + stride, side - radius) for side in size)
+        moved = second[:, radius : height - radius - stride, radius : width - radius - stride]
+        return bool(np.abs(first[:, rows, columns] - moved).max() <= HALF_LEVEL)
+
+    def seam(self, size: tuple[int, int], halo: int) -> float:
+        """Return the largest difference of two neighbouring windows where their cores meet."""
+        return max(self._seam(size, halo, axis) for axis in (1, 2))
+
+    def _seam(self, size: tuple[int, int], halo: int, axis: int) -> float:
+        length = size[axis - 1]
+        step = length - 2 * max(halo, 1)
+        sides = list(size)
+        sides[axis - 1] += step
+        whole = self.pictures(*sides)
+        first, second = (
+            self.run(np.ascontiguousarray(np.take(whole, range(at, at + length), axis=axis)))
+            for at in (0, step)
+        )
+        # The last pixel that the first window owns and the first of the second one.
+        here = [length - halo - 1, length - halo] if halo else [length - 2, length - 1]
+        there = [place - step for place in here]
+        difference = np.take(first, here, axis=axis) - np.take(second, there, axis=axis)
+        return float(np.abs(difference).max())
