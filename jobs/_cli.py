@@ -27,12 +27,19 @@ EXIT_INTERRUPTED = 130
 
 
 class SettingsCommand(click.Command):
-    """A command whose unknown flags name the nearest known one."""
+    """A command whose unknown flags name the nearest known one.
+
+    Flags in `many` take all words that follow, up to the next flag: `--model A B`.
+    """
+
+    def __init__(self, *args: Any, many: frozenset[str] = frozenset(), **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.many = many
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, adding a suggestion to the error about an unknown flag."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, repeat_flags(args, self.many))
         except click.NoSuchOption as error:
             known = [name for p in self.params for name in (*p.opts, *p.secondary_opts)]
             hint = "" if error.possibilities else nearest(error.option_name, known)
@@ -44,14 +51,29 @@ class SettingsCommand(click.Command):
             ) from None
 
 
+def repeat_flags(args: list[str], many: frozenset[str]) -> list[str]:
+    """Write `--flag A B` as `--flag A --flag B` for the flags in `many`; click knows only that."""
+    words: list[str] = []
+    flag, taken = "", 0
+    for place, word in enumerate(args):
+        if word == "--":
+            return words + args[place:]
+        if word.startswith("-") and word != "-":
+            flag, taken = word if word in many else "", 0
+        elif flag:
+            words += [flag] if taken else []
+            taken += 1
+        words.append(word)
+    return words
+
+
 def settings_command(
     settings: type, run: Callable[[Any], int], *, name: str, help: str
 ) -> click.Command:
     """Return a command that makes `settings` from its flags and calls `run(settings)`."""
     hints = typing.get_type_hints(settings)
-    params: list[click.Parameter] = [
-        _parameter(f, hints[f.name]) for f in dataclasses.fields(settings)
-    ]
+    fields = dataclasses.fields(settings)
+    params: list[click.Parameter] = [_parameter(f, hints[f.name]) for f in fields]
     params.append(
         click.Option(
             ["--config", "config_file"],
@@ -71,6 +93,7 @@ def settings_command(
         params=params,
         callback=callback,
         help=help,
+        many=frozenset(_flag(f) for f in fields if f.metadata["many"]),
         context_settings={"auto_envvar_prefix": "DENOISE", "max_content_width": 100},
     )
 
@@ -141,7 +164,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> click.Parameter:
     meta = field.metadata
     if meta["positional"]:
         return click.Argument([field.name], nargs=-1, metavar=meta["metavar"], required=False)
-    flag = "--" + field.name.replace("_", "-")
+    flag = _flag(field)
     plain = _plain_type(hint)
     options: dict[str, Any] = {"help": meta["help"], "show_default": True}
     if plain is bool:
@@ -156,9 +179,13 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> click.Parameter:
         options["metavar"] = meta["metavar"]
     if field.default is dataclasses.MISSING:
         options["required"] = True
-    elif plain is not tuple:
+    elif plain is not tuple or field.default:
         options["default"] = field.default
     return click.Option([flag, field.name], **options)
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 def _plain_type(hint: Any) -> Any:

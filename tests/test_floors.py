@@ -19,8 +19,8 @@ FLOORS = [
     {"errors", "config"},
     {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"}
     | {"idx"},
-    {"checkpoints", "worklist", "results", "lock"},
-    {"denoiser", "training_data", "training", "assemble", "report", "samples"},
+    {"checkpoints", "keras_files", "worklist", "results", "lock"},
+    {"denoiser", "training_data", "training", "assemble", "report", "samples", "evaluation"},
     {"benchmarks", "pipelines"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

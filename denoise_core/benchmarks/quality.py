@@ -22,6 +22,7 @@ from denoise_core.benchmarks.tables import Result, cores, number, table
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import nearest, require, setting
 from denoise_core.errors import UsageError
+from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.models.classical import CLASSICAL
 
 Array = np.ndarray
@@ -86,18 +87,6 @@ class QualityConfig:
     def filters(self) -> tuple[str, ...]:
         """The baselines' names."""
         return tuple(name for name in split_words(self.baselines) if name != "none")
-
-
-def noisy_of(clean: Array, sigma: float) -> Array:
-    """Return float32 (H, W, C): `clean` uint8 by protocol A."""
-    np.random.seed(0)
-    noise = np.random.normal(0, sigma / 255, clean.shape)
-    return (clean / 255 + noise).astype(np.float32)
-
-
-def to_bytes(values: Array) -> Array:
-    """Clip and round values in [0, 1] to uint8."""
-    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def run(config: QualityConfig) -> Result:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -35,22 +35,13 @@ def render(
     examples: int,
 ) -> str:
     """The whole page. Reads the shown rows and the images of the examples from storage."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        loader=FunctionLoader(_asset),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(visible=visible, num=number, duration=duration, moment=moment)
-    style, script = _asset("page.css"), _asset("page.js")
+    environment = template_environment(asset)
+    style, script = asset("page.css"), asset("page.js")
     return environment.get_template("page.html").render(
         style=style,
         script=script,
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
+        style_hash=content_hash(style),
+        script_hash=content_hash(script),
         summary=summary,
         prefix=survey.prefix,
         title=summary["out"].rstrip("/").rsplit("/", 1)[-1] or summary["out"],
@@ -80,11 +71,28 @@ def _tables(table: Table, survey: Survey) -> dict[str, Any]:
     }
 
 
-def _asset(name: str) -> str:
+def template_environment(load: Callable[[str], str]) -> Any:
+    """A Jinja2 environment that escapes, and whose templates `load` returns by name."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FunctionLoader(load),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(visible=visible, num=number, duration=duration, moment=moment)
+    return environment
+
+
+def asset(name: str) -> str:
+    """A file of this package: `page.html`, `page.css` or `page.js`."""
     return (files("denoise_core.report") / name).read_text("utf-8")
 
 
-def _csp_hash(text: str) -> str:
+def content_hash(text: str) -> str:
+    """The source expression by which a Content-Security-Policy allows this style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

@@ -1,0 +1,163 @@
+"""What is compared: models and classical filters behind one call; codes of a model's bottleneck.
+
+A method maps noisy images, float32 (H, W, C) in [0, 1] with values outside allowed, to denoised
+ones of the same shapes. A model sees a whole list at once, so that its patches share batches; a
+filter sees one image and the sigma of its noise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from denoise_core.checkpoints import Checkpoint, load_checkpoint
+from denoise_core.config import nearest
+from denoise_core.errors import UsageError
+from denoise_core.models.classical import CLASSICAL
+
+Array = npt.NDArray[Any]
+
+IDENTITY = "identity"
+SLOW = ("tv", "nlm", "nlm-opencv", "bm3d")
+"""Filters that see only `--limit-slow` images."""
+
+NEEDS = {"bilateral": "cv2", "nlm-opencv": "cv2", "bm3d": "bm3d"}
+"""Filters of packages that only the extra 'benchmark' brings."""
+
+LATENT = "latent"
+CODE_SIDE = 256
+"""Codes are taken of the centre of an image, so many pixels a side at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """One of the models: the label that rows and pictures show, and where to load it from."""
+
+    label: str
+    path: str
+    hash: str
+
+
+def split_names(words: Sequence[str]) -> list[str]:
+    """Return the names in `words`, each of which may hold several with commas; no name twice."""
+    names = [name.strip() for word in words for name in word.split(",")]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def choose_filters(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the filters to run, `identity` first, and the asked ones whose package is absent.
+
+    Raises UsageError for an unknown name.
+    """
+    names = [name for name in split_names(words) if name != "none"]
+    for name in names:
+        if name not in CLASSICAL:
+            raise UsageError(
+                f"--baselines {name!r}: unknown; expected some of {', '.join(CLASSICAL)}, or "
+                f"none.{nearest(name, CLASSICAL)}"
+            )
+    absent = [n for n in names if n in NEEDS and importlib.util.find_spec(NEEDS[n]) is None]
+    chosen = [name for name in names if name not in (IDENTITY, *absent)]
+    return [IDENTITY, *chosen], absent
+
+
+def label_models(paths: Sequence[str]) -> list[ModelSource]:
+    """Return the models with labels that differ: their names, or else their paths.
+
+    Raises UsageError for an unknown model or one that is given twice, CheckpointError for a damaged
+    one.
+    """
+    found = [(path, load_checkpoint(path)) for path in paths]
+    names = [checkpoint.name for _, checkpoint in found]
+    models = [
+        ModelSource(
+            path
+            if names.count(checkpoint.name) > 1 or checkpoint.name in CLASSICAL
+            else checkpoint.name,
+            path,
+            checkpoint.hash,
+        )
+        for path, checkpoint in found
+    ]
+    labels = [model.label for model in models]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"--model {label!r} is given twice: name each model once.")
+    return models
+
+
+def run_filter(name: str, noisy: Array, sigma: float) -> Array:
+    """Denoise one image by a classical filter that is told `sigma` (of 255)."""
+    return CLASSICAL[name](noisy, sigma)
+
+
+class Model:
+    """A loaded model, and its encoder where it has a layer named `latent`."""
+
+    def __init__(self, source: ModelSource, *, precision: str) -> None:
+        from denoise_core.denoiser import Denoiser
+
+        checkpoint = load_checkpoint(source.path)
+        self.source = source
+        self.denoiser = Denoiser(checkpoint, precision=precision)
+        self.denoiser.warm_up()
+        self.coder = Coder.of(checkpoint)
+
+    def denoise(self, noisy: Sequence[Array]) -> list[Array]:
+        """Denoise images; the results are float32, neither clipped nor rounded."""
+        return self.denoiser.denoise(noisy, ranges=[(0.0, 1.0)] * len(noisy))
+
+
+class Coder:
+    """The part of a model up to its layer `latent`: images to vectors."""
+
+    def __init__(self, encoder: Any, card: dict[str, Any]) -> None:
+        self.encoder = encoder
+        self.channels = int(card["arguments"].get("channels", 3))
+        self.stride = int(card["total_stride"])
+        size = card.get("input_size")
+        self.size = (int(size[0]), int(size[1])) if size else None
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> Coder | None:
+        """Build it; None for a model without such a layer."""
+        import keras
+
+        model = checkpoint.build()
+        if LATENT not in {layer.name for layer in model.layers}:
+            return None
+        encoder = keras.Model(model.inputs, model.get_layer(LATENT).output)
+        return Coder(encoder, checkpoint.card)
+
+    def code(self, noisy: Array) -> Array:
+        """Return float32 (D,): the code of the centre of (H, W, C); feature maps are averaged.
+
+        Grey is repeated to the model's channels, more channels are averaged to its one.
+        """
+        window = fit(noisy, self._side(noisy.shape[0], 0), self._side(noisy.shape[1], 1))
+        if window.shape[2] != self.channels:
+            window = np.repeat(window.mean(axis=2, keepdims=True), self.channels, axis=2)
+        latent = np.asarray(self.encoder(window[None].astype(np.float32), training=False))[0]
+        flat = latent.reshape(-1, latent.shape[-1])
+        return flat.mean(axis=0).astype(np.float32)
+
+    def _side(self, length: int, axis: int) -> int:
+        if self.size is not None:
+            return self.size[axis]
+        wanted = min(length, CODE_SIDE)
+        # Rounded up for small images, so that nothing of a 28x28 digit is cut away.
+        return -(-wanted // self.stride) * self.stride
+
+
+def fit(image: Array, height: int, width: int) -> Array:
+    """Return the centre of (H, W, C) in the given size, mirrored where it is smaller."""
+    pads = [(max(0, want - have)) for want, have in zip((height, width), image.shape, strict=False)]
+    around = [(pad // 2, pad - pad // 2) for pad in pads]
+    image = np.pad(image, (*around, (0, 0)), mode="symmetric")
+    y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[y : y + height, x : x + width]
