@@ -27,13 +27,15 @@ def setting(
     choices: tuple[str, ...] = (),
     positional: bool = False,
     metavar: str = "",
+    many: bool = False,
 ) -> Any:
-    """Declare one setting."""
+    """Declare one setting. `many`: the flag takes all words that follow it, up to the next flag."""
     metadata = {
         "help": help,
         "choices": choices,
         "positional": positional,
         "metavar": metavar,
+        "many": many,
     }
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
@@ -84,7 +86,7 @@ def parse_auto_int(value: str, *, name: str, words: tuple[str, ...], low: int) -
     raise UsageError(f"--{name} {value!r}: expected {allowed} or a whole number from {low}.")
 
 
-def parse_data_range(value: str) -> tuple[float, float] | None:
+def parse_data_range(value: str, *, flag: str = "data-range") -> tuple[float, float] | None:
     """Read 'auto' as None and 'LO:HI' as two numbers with LO < HI."""
     if value == "auto":
         return None
@@ -95,7 +97,7 @@ def parse_data_range(value: str) -> tuple[float, float] | None:
         bounds = (0.0, 0.0)
     require(
         bool(colon) and bounds[0] < bounds[1] and all(abs(b) != float("inf") for b in bounds),
-        f"--data-range {value!r}: expected 'auto' or LO:HI with LO < HI, for example 0:4095.",
+        f"--{flag} {value!r}: expected 'auto' or LO:HI with LO < HI, for example 0:4095.",
     )
     return bounds
 
@@ -125,7 +127,14 @@ class DenoiseConfig:
     )
     output: str = setting(help="Folder or s3://bucket/prefix for images and reports.")
     model: str = setting(
-        "unet-s", "A shipped model's name or the path of a checkpoint.", metavar="NAME|PATH"
+        "unet-s",
+        "A shipped model's name, or the path of a checkpoint or of a Keras file (.keras, .h5).",
+        metavar="NAME|PATH",
+    )
+    model_range: str = setting(
+        "auto",
+        "Black and white as a Keras file's model was trained on them; auto: 0:1.",
+        metavar="LO:HI",
     )
     reference: str | None = setting(
         None, "Clean images under the same relative paths; adds PSNR, SSIM and MSE.", metavar="URI"
@@ -213,6 +222,7 @@ class DenoiseConfig:
         parse_auto_int(self.halo, name="halo", words=("auto", "exact"), low=0)
         parse_auto_int(self.batch_size, name="batch-size", words=("auto",), low=1)
         parse_data_range(self.data_range)
+        parse_data_range(self.model_range, flag="model-range")
         parse_actors(self.actors)
         require(0.0 <= self.strength <= 1.0, f"--strength {self.strength}: expected 0.0 to 1.0.")
         require(
@@ -242,6 +252,7 @@ class DenoiseConfig:
 
 # Settings that change an output's pixels or bytes. A change of any of them redoes an image.
 PIXEL_SETTINGS = (
+    "model_range",
     "patch",
     "halo",
     "strength",
@@ -263,30 +274,85 @@ def pixel_hash(config: DenoiseConfig, *, model_hash: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Settings of `jobs.train`."""
+    """Settings of `jobs.train`. What is None here, the preset says."""
 
     data: tuple[str, ...] = setting(
-        help="Folders of clean images.", positional=True, metavar="DATA..."
+        help="Folders, files, globs or s3://bucket/prefix of images; IDX files.",
+        positional=True,
+        metavar="DATA...",
     )
-    output: str = setting(help="Folder for checkpoints, history and the best model.")
+    output: str = setting(help="Folder or s3://bucket/prefix for checkpoints and the best model.")
     preset: str = setting("unet-s", "Architecture and recipe.", metavar="NAME")
-    noise: str = setting("gaussian:0-55", "Noise added to clean images.", metavar="SPEC")
-    grey: float = setting(0.2, "Share of crops turned to grey.", metavar="0..1")
+    noise: tuple[str, ...] = setting(
+        (),
+        "Noise added to clean images, such as gaussian:0-55; of several, each crop draws one.",
+        metavar="SPEC...",
+        many=True,
+    )
+    noisy: str | None = setting(
+        None, "Train on pairs: the noisy files' paths, '*' for what pairs share.", metavar="PATTERN"
+    )
+    clean: str | None = setting(
+        None, "Train on pairs: the clean files' paths, such as '*_mean.JPG'.", metavar="PATTERN"
+    )
+    self_supervised: str | None = setting(
+        None,
+        "DATA is noisy and there is nothing clean: how to learn from it.",
+        choices=("neighbor2neighbor", "noise2void"),
+    )
+    validation: float = setting(
+        0.05, "Share of the images held out for validation.", metavar="0..1"
+    )
+    validation_data: tuple[str, ...] = setting(
+        (), "Images to validate on, instead of a share.", metavar="DATA...", many=True
+    )
+    grey: float | None = setting(None, "Share of crops turned to grey.", metavar="0..1")
+    augment: str | None = setting(
+        None, "Of flip, rotate90, scale and affine, with commas; or none.", metavar="WORD[,WORD]"
+    )
     steps: int | None = setting(None, "Optimizer steps of the whole schedule.", metavar="N")
+    epochs: float | None = setting(None, "Length as passes over the images.", metavar="N")
     hours: float | None = setting(
         None,
         "Hours of training of the whole schedule, over all resumes; validation comes on top.",
         metavar="H",
     )
     learning_rate: float | None = setting(None, "Peak rate; default: the preset's.", metavar="F")
+    crop: int | None = setting(None, "Side of the crops in pixels.", metavar="N")
+    batch: int | None = setting(None, "Crops of one step, over all workers.", metavar="N")
     batch_scale: int = setting(1, "Multiply the preset's batch sizes.", metavar="N")
-    seed: int = setting(0, "Seed of initial weights, crops and noise.", metavar="N")
-    validation: float = setting(
-        0.05, "Share of the images held out for validation.", metavar="0..1"
+    arguments: tuple[str, ...] = setting(
+        (),
+        "Arguments of the preset's architecture, such as widths=[24,48,96] blocks=[1,1,2].",
+        metavar="KEY=VALUE...",
+        many=True,
     )
+    loss: str | None = setting(
+        None, "What is minimised.", choices=("l1", "mse", "charbonnier", "crossentropy")
+    )
+    optimizer: str | None = setting(
+        None, "How it is minimised.", choices=("adam", "adamw", "adadelta")
+    )
+    weight_decay: float = setting(1e-4, "Of adamw.", metavar="F")
+    schedule: str | None = setting(
+        None,
+        "Rate after the warm-up: to zero, halved where the loss stands still, or as it is.",
+        choices=("cosine", "plateau", "constant"),
+    )
+    warmup_steps: int | None = setting(None, "Steps of linear warm-up.", metavar="N")
+    ema: float | None = setting(
+        None, "Momentum of the weights' moving average; 0: none.", metavar="0..1"
+    )
+    clip_norm: float | None = setting(None, "Bound on the gradients' norm; 0: none.", metavar="F")
+    early_stop: int | None = setting(
+        None, "End after so many validations without a better loss.", metavar="N"
+    )
+    seed: int = setting(0, "Seed of initial weights, crops and noise.", metavar="N")
     validate_minutes: float = setting(10.0, "Minutes between two validations.", metavar="M")
     validate_steps: int | None = setting(
-        None, "Steps between two validations, instead of minutes.", metavar="N"
+        None,
+        "Steps between two validations, instead of minutes; default with epochs: one epoch.",
+        metavar="N",
     )
     checkpoint_minutes: float = setting(5.0, "Minutes between two checkpoints.", metavar="M")
     init: str | None = setting(
@@ -297,46 +363,286 @@ class TrainConfig:
         "Compute type; auto: bfloat16 where the device is fast at it.",
         choices=("auto", "float32", "bfloat16"),
     )
+    input: str = setting(
+        "ray",
+        "Who makes the crops: Ray Data, or a thread of the worker.",
+        choices=("ray", "thread"),
+    )
     workers: int = setting(1, "Data-parallel workers.", metavar="N")
     gpus_per_worker: float = setting(0.0, "GPUs of one worker.", metavar="F")
     threads: int | None = setting(None, "CPU threads of one worker.", metavar="N")
     max_failures: int = setting(3, "Times the worker group is restarted.", metavar="N")
     resume: bool = setting(False, "Go on from the last checkpoint in --output.")
+    export: str | None = setting(
+        None,
+        "Also write the best model for other tools.",
+        choices=("onnx", "savedmodel"),
+    )
+    progress: str = setting(
+        "auto", "Live bar on a terminal, plain lines, or JSON.", choices=("auto", "plain", "json")
+    )
+    s3_endpoint: str | None = setting(None, "URL of an S3-compatible server.", metavar="URL")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(len(self.data) > 0, "No DATA given: name a folder of images.")
-        require(bool(self.output), "--output is empty: name a folder.")
         require(
-            (self.steps is None) != (self.hours is None),
-            "Give the length of training by one of --steps N and --hours H.",
+            len(self.data) > 0,
+            "No DATA given: name a folder of images, before the flags (a word after --noise "
+            "belongs to that flag).",
+        )
+        require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
+        self._check_data()
+        self._check_length()
+        self._check_numbers()
+
+    @property
+    def mode(self) -> str:
+        """'clean', 'pairs', 'neighbor2neighbor' or 'noise2void'."""
+        return self.self_supervised or ("pairs" if self.noisy is not None else "clean")
+
+    def _check_data(self) -> None:
+        check_pair_patterns(self.noisy, self.clean)
+        require(
+            self.noisy is None or self.self_supervised is None,
+            "--self-supervised learns without clean images: leave out --noisy and --clean.",
+        )
+        require(
+            self.mode == "clean" or not self.noise,
+            f"--noise is added to clean images; with {self.mode} the images bring their own.",
+        )
+        require(
+            self.grey is None or 0 <= self.grey <= 1, f"--grey {self.grey}: expected 0.0 to 1.0."
+        )
+        require(0 < self.validation < 1, f"--validation {self.validation}: expected 0 to 1.")
+
+    def _check_length(self) -> None:
+        given = [name for name in ("steps", "epochs", "hours") if getattr(self, name) is not None]
+        require(
+            len(given) <= 1,
+            "Give the length of training by one of --steps N, --epochs N and --hours H.",
         )
         require(self.steps is None or self.steps >= 1, "--steps: expected a number from 1.")
-        require(
-            self.hours is None or 0 < self.hours < math.inf, "--hours: expected a number above 0."
-        )
-        require(0 <= self.grey <= 1, f"--grey {self.grey}: expected 0.0 to 1.0.")
-        require(0 < self.validation < 1, f"--validation {self.validation}: expected 0 to 1.")
-        require(self.seed >= 0, "--seed: expected a whole number from 0.")
-        require(self.validate_minutes > 0, "--validate-minutes: expected a number above 0.")
-        require(
-            self.validate_steps is None or self.validate_steps >= 1,
-            "--validate-steps: expected a number from 1.",
-        )
-        require(self.checkpoint_minutes > 0, "--checkpoint-minutes: expected a number above 0.")
-        require(self.workers >= 1, "--workers: expected a number from 1.")
+        for name in ("hours", "epochs"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"--{name}: expected a number above 0.")
         # Clocks differ between workers; steps do not, and all must change stage and stop alike.
         require(
-            self.workers == 1 or self.steps is not None,
-            "--workers above 1 needs the length of training in --steps.",
+            self.workers <= 1 or self.hours is None,
+            "--workers above 1 needs the length of training in --steps or --epochs.",
         )
-        require(self.gpus_per_worker >= 0, "--gpus-per-worker: expected a number from 0.")
-        require(self.threads is None or self.threads >= 1, "--threads: expected a number from 1.")
-        require(self.max_failures >= 0, "--max-failures: expected a number from 0.")
-        require(self.batch_scale >= 1, "--batch-scale: expected a number from 1.")
+
+    def _check_numbers(self) -> None:
+        for name in ("crop", "batch", "batch_scale", "workers", "validate_steps", "threads"):
+            value = getattr(self, name)
+            flag = name.replace("_", "-")
+            require(value is None or value >= 1, f"--{flag}: expected a number from 1.")
+        for name in ("warmup_steps", "max_failures", "gpus_per_worker", "weight_decay", "seed"):
+            value, flag = getattr(self, name), name.replace("_", "-")
+            require(value is None or value >= 0, f"--{flag}: expected a number from 0.")
+        for name in ("validate_minutes", "checkpoint_minutes"):
+            flag = name.replace("_", "-")
+            require(getattr(self, name) > 0, f"--{flag}: expected a number above 0.")
+        require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: expected 0 to 1.")
+        require(self.clip_norm is None or self.clip_norm >= 0, "--clip-norm: expected 0 or more.")
+        require(self.early_stop is None or self.early_stop >= 1, "--early-stop: expected from 1.")
         require(
             self.learning_rate is None or 0 < self.learning_rate < math.inf,
             "--learning-rate: expected a number above 0.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    """Settings of `jobs.tune`."""
+
+    data: tuple[str, ...] = setting(
+        help="Folders, files, globs or s3://bucket/prefix of images; IDX files.",
+        positional=True,
+        metavar="DATA...",
+    )
+    output: str = setting(help="Local folder for the table, the plot and the best settings.")
+    space: str = setting(help="TOML file of what is searched.", metavar="FILE.toml")
+    preset: str = setting("unet-s", "Architecture and recipe to begin with.", metavar="NAME")
+    trials: int = setting(16, "Trials; the first is the preset as it is.", metavar="N")
+    noise: tuple[str, ...] = setting(
+        (), "Noise in the preset's place, where the space has none.", metavar="SPEC...", many=True
+    )
+    validation_noise: str | None = setting(
+        None, "Noise that all trials are compared on; default: the preset's.", metavar="SPEC"
+    )
+    noisy: str | None = setting(
+        None, "Train on pairs: the noisy files' paths, '*' for what pairs share.", metavar="PATTERN"
+    )
+    clean: str | None = setting(
+        None, "Train on pairs: the clean files' paths, such as '*_mean.JPG'.", metavar="PATTERN"
+    )
+    validation: float = setting(
+        0.05, "Share of the images held out for validation.", metavar="0..1"
+    )
+    validation_data: tuple[str, ...] = setting(
+        (), "Images to validate on, instead of a share.", metavar="DATA...", many=True
+    )
+    steps: int | None = setting(None, "Length of a trial in optimizer steps.", metavar="N")
+    epochs: float | None = setting(None, "Length as passes over the images.", metavar="N")
+    hours: float | None = setting(None, "Length in hours.", metavar="H")
+    stop: str = setting(
+        "halving",
+        "halving: trials that fall behind end after a quarter or a half of their length.",
+        choices=("halving", "none"),
+    )
+    concurrent: str = setting(
+        "auto",
+        "Trials at one time, which share the CPUs; auto: one for two CPUs, or by the GPUs.",
+        metavar="auto|N",
+    )
+    gpus_per_trial: float = setting(0.0, "GPUs of one trial; fractions share one.", metavar="F")
+    precision: str = setting(
+        "auto",
+        "Compute type; auto: bfloat16 where the device is fast at it.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    seed: int = setting(0, "Seed of the drawn settings and of every trial.", metavar="N")
+    max_failures: int = setting(2, "Times a trial whose worker dies is taken up.", metavar="N")
+    resume: bool = setting(False, "Go on with the search in --output.")
+    s3_endpoint: str | None = setting(None, "URL of an S3-compatible server.", metavar="URL")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(
+            bool(self.output) and "://" not in self.output,
+            f"--output {self.output!r}: expected a local folder, on a cluster a shared one.",
+        )
+        require(self.trials >= 1, "--trials: expected a number from 1.")
+        require(self.max_failures >= 0, "--max-failures: expected a number from 0.")
+        require(0 <= self.gpus_per_trial < math.inf, "--gpus-per-trial: expected a number from 0.")
+        parse_auto_int(self.concurrent, name="concurrent", words=("auto",), low=1)
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """Return the settings that all trials share. Raises UsageError."""
+        shared = {f.name for f in dataclasses.fields(self)} & {
+            f.name for f in dataclasses.fields(TrainConfig)
+        }
+        values = {name: getattr(self, name) for name in shared - {"resume"}}
+        return TrainConfig(**values, gpus_per_worker=self.gpus_per_trial, input="thread")
+
+
+def check_pair_patterns(noisy: str | None, clean: str | None) -> None:
+    """Raise UsageError unless both patterns are given, with one '*' each, or none."""
+    require(
+        (noisy is None) == (clean is None),
+        "--noisy and --clean belong together: give both, for example "
+        "--noisy '*_real.JPG' --clean '*_mean.JPG'.",
+    )
+    for flag, pattern in (("noisy", noisy), ("clean", clean)):
+        require(
+            pattern is None or pattern.count("*") == 1,
+            f"--{flag} {pattern!r}: expected one '*', which stands for what the names of a "
+            "pair share, for example '*_real.JPG'.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Settings of `jobs.evaluate`."""
+
+    data: tuple[str, ...] = setting(
+        help="Files, folders, globs or s3://bucket/prefix of images; IDX files.",
+        positional=True,
+        metavar="DATA...",
+    )
+    output: str = setting(help="Folder or s3://bucket/prefix for figures, pictures and the page.")
+    model: tuple[str, ...] = setting(
+        ("unet-s",), "Shipped names or paths of checkpoints.", metavar="NAME|PATH...", many=True
+    )
+    model_range: str = setting(
+        "auto", "Black and white as the Keras files among them know it: 0:1.", metavar="LO:HI"
+    )
+    noise: tuple[str, ...] = setting(
+        (),
+        "Noise added to clean images, each measured by itself; default: gaussian:25.",
+        metavar="SPEC...",
+        many=True,
+    )
+    protocol: str = setting(
+        "a",
+        "a: noisy values as they are; quantised: clipped and rounded to 8 bits, as files are.",
+        choices=("a", "quantised"),
+    )
+    noisy: str | None = setting(
+        None, "Pairs: the noisy files' paths, '*' for what pairs share.", metavar="PATTERN"
+    )
+    clean: str | None = setting(
+        None, "Pairs: the clean files' paths, such as '*_mean.JPG'.", metavar="PATTERN"
+    )
+    reference: str | None = setting(
+        None,
+        "Pairs: DATA is noisy; clean images lie here under the same relative paths.",
+        metavar="URI",
+    )
+    baselines: tuple[str, ...] = setting(
+        ("identity", "median", "bilateral", "tv", "wavelet", "nlm"),
+        "Classical filters to compare with, also with commas: those and gaussian, nlm-opencv, "
+        "bm3d; or none.",
+        metavar="NAME...",
+        many=True,
+    )
+    limit: int | None = setting(None, "At most N images, evenly spread.", metavar="N")
+    limit_slow: int = setting(
+        10, "At most N images, evenly spread, for tv, nlm, nlm-opencv and bm3d.", metavar="N"
+    )
+    precision: str = setting(
+        "float32",
+        "Compute type of the models; float32 gives the same figures on every machine.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    max_error_rate: float = setting(
+        0.0, "Share of unreadable images above which the exit code is 3.", metavar="0..1"
+    )
+    max_pixels: int = setting(100_000_000, "Refuse images of more pixels.", metavar="N")
+    actors: str = setting("auto", "Actors that hold the models.", metavar="auto|N|MIN:MAX")
+    gpus_per_actor: str = setting(
+        "auto", "GPUs of one actor; fractions share one.", metavar="auto|F"
+    )
+    s3_endpoint: str | None = setting(None, "URL of an S3-compatible server.", metavar="URL")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(
+            len(self.data) > 0,
+            "No DATA given: name a folder, a file or s3://bucket/prefix, before the flags (a word "
+            "after --model, --noise or --baselines belongs to that flag).",
+        )
+        require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
+        require(
+            all(self.model) and len(self.model) > 0, "--model: expected a name or a path, or some."
+        )
+        self._check_pairs()
+        parse_data_range(self.model_range, flag="model-range")
+        require(self.limit is None or self.limit >= 1, "--limit: expected a number from 1.")
+        require(self.limit_slow >= 1, "--limit-slow: expected a number from 1.")
+        require(self.max_pixels >= 1, "--max-pixels: expected a whole number from 1.")
+        require(
+            0.0 <= self.max_error_rate <= 1.0,
+            f"--max-error-rate {self.max_error_rate}: expected 0.0 to 1.0.",
+        )
+        parse_actors(self.actors)
+        DenoiseConfig.check_number("gpus-per-actor", self.gpus_per_actor)
+
+    @property
+    def paired(self) -> bool:
+        """Whether DATA holds noisy images with clean partners."""
+        return self.reference is not None or self.noisy is not None
+
+    def _check_pairs(self) -> None:
+        check_pair_patterns(self.noisy, self.clean)
+        require(
+            self.noisy is None or self.reference is None,
+            "--reference and --noisy/--clean are two ways to name pairs: give one of them.",
+        )
+        require(
+            not (self.paired and self.noise),
+            "--noise is added to clean images, and pairs bring their own: leave --noise out.",
         )
 
 

@@ -103,7 +103,7 @@ def classic(architecture: str, about: str, *, crop: int, batch: int, **more: Any
     return Preset(architecture, about=about, **{**plain, **more})
 
 
-MNIST = {"crop": 28, "sample": (28, 28)}
+MNIST: dict[str, Any] = {"crop": 28, "sample": (28, 28)}
 FACTOR = "factor:0.5"
 MIXED = "gaussian:10-40+clip|salt-pepper:0.01-0.1|speckle:20-60+clip|poisson:30-300+clip"
 

@@ -2,19 +2,21 @@
 
 Keras 3's `fit` fails under `MultiWorkerMirroredStrategy` (keras#20585), so the step is written out:
 forward and backward pass compiled by XLA, gradients summed over the replicas, one optimizer step.
+With the same global batch, seed and data one worker and two follow the same curve up to rounding.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,52 +25,167 @@ from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
+from denoise_core.presets import preset as find_preset
+from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.training_data import (
-    CleanImages,
-    CropSampler,
-    check_images,
-    find_images,
+    Sampler,
+    TrainingData,
+    parse_augment,
     prefetch,
+    stages_of,
+    validation_pairs,
 )
 
 Array = np.ndarray
-VALIDATION_SIGMA = 25.0
+Batches = Iterator[tuple[Array, Array]]
+
 VALIDATION_SIDE = 256
+PREDICT_PIXELS = 500_000
 EMA_EVERY = 8
+# What Keras uses in its own binary cross-entropy.
+EPSILON = 1e-7
+# Zeiler's own rate (2012); Keras' default of 1e-3 hardly moves.
+ADADELTA_RATE = 1.0
+# Somebody who watches hears of the loss this often.
+TICK_S = 2.0
 # One row for each report, in the output folder: the sign that a training was begun there.
 HISTORY = "history.csv"
 
 
+class Source(Protocol):
+    """Makes the batches of a stage: (noisy, clean) of this worker's share, from `step` on."""
+
+    def __call__(self, stage: Stage, *, step: int) -> Batches:
+        """Return an iterator without end, with `close()`."""
+
+
 @dataclass(slots=True)
 class Progress:
-    """How far the schedule is: optimizer steps, pixels seen and seconds spent, over all resumes."""
+    """How far the schedule is, over all resumes: optimizer steps, pixels seen, seconds spent.
+
+    `rate_scale` is what reduce-on-plateau has made of the rate; `waited` counts the validations
+    since the last better loss, `waited_rate` those since the rate was last reduced.
+    """
 
     step: int = 0
     pixels: int = 0
     seconds: float = 0.0
+    best_loss: float = math.inf
     best_psnr: float = -math.inf
+    rate_scale: float = 1.0
+    waited: int = 0
+    waited_rate: int = 0
+    stopped: bool = False
 
     def fraction(self, config: TrainConfig) -> float:
         """Return the share of the schedule that is done, 0 to 1."""
+        if self.stopped:
+            return 1.0
         if config.steps is not None:
             return min(1.0, self.step / config.steps)
         assert config.hours is not None
         return min(1.0, self.seconds / (config.hours * 3600.0))
 
 
-def check_training(config: TrainConfig, preset: Preset) -> None:
-    """Raise UsageError or CheckpointError for what can be told without reading pixels.
+def adapt(config: TrainConfig, preset: Preset) -> Preset:
+    """Return the preset with what the settings state of its recipe. Raises UsageError."""
+    parse_noise(config.noise or preset.noise)
+    parse_augment(config.augment or preset.augment)
+    names = ("loss", "optimizer", "schedule", "warmup_steps", "ema", "clip_norm", "augment")
+    changes: dict[str, Any] = {
+        name: getattr(config, name) for name in names if getattr(config, name) is not None
+    }
+    if config.loss is not None:
+        changes["mse_from"] = 1.1
+    if config.mode != "clean":
+        # Only the squared error has the clean image as its minimum where the target is noisy.
+        changes |= {"loss": "mse"} if config.self_supervised else {}
+        changes |= {"grey": 0.0}
+    if config.noise:
+        changes |= {"noise": " | ".join(config.noise), "validation_noise": None}
+    if config.optimizer == "adadelta" and config.learning_rate is None:
+        changes["learning_rate"] = ADADELTA_RATE
+    return replace(preset, **changes, stages=stages_of(config, preset))
 
-    Starting Ray and a worker to hear it takes half a minute.
+
+def with_length(config: TrainConfig, preset: Preset, data: TrainingData) -> TrainConfig:
+    """Return settings whose length is in steps or hours; an epoch sees every image, or pixel, once.
+
+    Raises UsageError where neither the settings nor the preset state a length.
     """
-    parse_noise(config.noise)
-    check_images(find_images(config.data), crop=max(stage.crop for stage in preset.stages))
+    if config.steps is not None or config.hours is not None:
+        return config
+    epochs = config.epochs or preset.epochs
+    if epochs is None:
+        raise UsageError(
+            f"--preset {config.preset} has no length of its own: give --hours H, --steps N or "
+            "--epochs N."
+        )
+    each = steps_of_epoch(preset, data)
+    return replace(
+        config,
+        steps=max(1, round(epochs * each)),
+        validate_steps=config.validate_steps or each,
+        epochs=None,
+    )
+
+
+def steps_of_epoch(preset: Preset, data: TrainingData) -> int:
+    """Return the optimizer steps of one pass over the training images."""
+    stage = preset.stages[0]
+    if preset.order == "epochs":
+        return max(1, -(-len(data.training) // stage.batch))
+    pixels = sum(p.sides[0] * p.sides[1] for p in data.training) or len(data.training) * 10**6
+    return max(1, round(pixels / (stage.crop**2 * stage.batch)))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to train with: settings with a length and whole paths, the recipe, the data's index."""
+
+    config: TrainConfig
+    preset: Preset
+    data: TrainingData
+
+
+def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
+    """Check what can be told without pixels; starting Ray to hear it takes half a minute.
+
+    `preset` takes the place of the one that `config` names. Raises UsageError, CheckpointError.
+    """
+    config = absolute(config)
+    recipe = adapt(config, preset or find_preset(config.preset))
+    for stage in recipe.stages:
+        if stage.batch % config.workers:
+            raise UsageError(
+                f"--workers {config.workers}: batches of {stage.batch} crops cannot be shared "
+                "equally. Change --workers, --batch or --batch-scale."
+            )
     if config.init is not None:
         load_checkpoint(config.init)
-    if (Path(config.output) / HISTORY).exists() and not config.resume:
+    history = join(config.output, HISTORY)
+    storage = storage_for(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
+    if storage.stat(history) is not None and not config.resume:
         raise UsageError(
             f"--output {config.output} holds a training: go on with --resume or name another."
         )
+    data = TrainingData.index(config, recipe)
+    return Plan(with_length(config, recipe, data), recipe, data)
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Make local paths absolute: workers have other working directories than the driver."""
+
+    def whole(name: str) -> str:
+        return name if "://" in name else os.path.abspath(name)
+
+    return replace(
+        config,
+        data=tuple(whole(name) for name in config.data),
+        validation_data=tuple(whole(name) for name in config.validation_data),
+        init=config.init and (whole(config.init) if Path(config.init).exists() else config.init),
+        output=whole(config.output),
+    )
 
 
 def stage_at(stages: tuple[Stage, ...], fraction: float) -> Stage:
@@ -77,36 +194,62 @@ def stage_at(stages: tuple[Stage, ...], fraction: float) -> Stage:
 
 
 def learning_rate(preset: Preset, config: TrainConfig, progress: Progress) -> float:
-    """Linear warm-up over the first steps, then a cosine from the peak to zero."""
+    """Linear warm-up over the first steps, then the preset's schedule from the peak."""
     peak = config.learning_rate or preset.learning_rate
-    warm = min(1.0, (progress.step + 1) / preset.warmup_steps)
-    return peak * warm * 0.5 * (1.0 + math.cos(math.pi * progress.fraction(config)))
+    warm = min(1.0, (progress.step + 1) / max(1, preset.warmup_steps))
+    if preset.schedule == "cosine":
+        return peak * warm * 0.5 * (1.0 + math.cos(math.pi * progress.fraction(config)))
+    return peak * warm * progress.rate_scale
 
 
-def validation_psnr(
-    predict: Callable[[Array], Array], images: list[Array], *, stride: int = 16
-) -> float:
-    """Mean PSNR in dB over centre crops of 8-bit images at sigma 25, protocol A.
+def note_validation(progress: Progress, loss: float, preset: Preset, config: TrainConfig) -> bool:
+    """Take in a validation loss: reduce on plateau, stop early. Returns whether it is the best."""
+    if loss < progress.best_loss:
+        progress.best_loss, progress.waited, progress.waited_rate = loss, 0, 0
+        return True
+    progress.waited += 1
+    progress.waited_rate += 1
+    if preset.schedule == "plateau" and progress.waited_rate >= preset.plateau.patience:
+        peak = config.learning_rate or preset.learning_rate
+        lowest = preset.plateau.floor / peak
+        progress.rate_scale = max(lowest, progress.rate_scale * preset.plateau.factor)
+        progress.waited_rate = 0
+    if config.early_stop is not None and progress.waited >= config.early_stop:
+        progress.stopped = True
+    return False
 
-    The crops have at most VALIDATION_SIDE pixels a side, multiples of `stride`. The noise is seeded
-    for each image; the output is clipped and rounded to 8 bits.
+
+def loss_function(name: str) -> Callable[[Any, Any], Any]:
+    """Return (predicted, target) -> the loss of every value, as TensorFlow tensors.
+
+    l1 |p - t|; mse (p - t)^2; charbonnier sqrt((p - t)^2 + 1e-6) (Charbonnier et al., 1994);
+    crossentropy -t log p - (1 - t) log(1 - p), p held between 1e-7 and 1 - 1e-7.
     """
-    values = []
-    for image in images:
-        height, width = (min(VALIDATION_SIDE, side // stride * stride) for side in image.shape[:2])
-        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-        clean = image[top : top + height, left : left + width].astype(np.float32) / 255.0
-        noise = np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
-        noisy = clean + noise * np.float32(VALIDATION_SIGMA / 255.0)
-        output = np.round(np.clip(predict(noisy[None])[0], 0.0, 1.0) * 255.0) / 255.0
-        values.append(-10.0 * math.log10(max(float(np.mean((output - clean) ** 2)), 1e-12)))
-    return float(np.mean(values))
+    import tensorflow as tf
+
+    def crossentropy(predicted: Any, target: Any) -> Any:
+        p = tf.clip_by_value(predicted, EPSILON, 1 - EPSILON)
+        return -(target * tf.math.log(p) + (1 - target) * tf.math.log(1 - p))
+
+    return {
+        "l1": lambda p, t: tf.abs(p - t),
+        "mse": lambda p, t: tf.square(p - t),
+        "charbonnier": lambda p, t: tf.sqrt(tf.square(p - t) + 1e-6),
+        "crossentropy": crossentropy,
+    }[name]
+
+
+def psnr_of(output: Array, clean: Array) -> float:
+    """PSNR in dB of values in [0, 1], the output clipped and rounded to 8 bits."""
+    rounded = np.round(np.clip(output, 0.0, 1.0) * 255.0) / 255.0
+    return -10.0 * math.log10(max(float(np.mean((rounded - clean) ** 2)), 1e-12))
 
 
 class Trainer:
     """One worker's training of one model. `rank` 0 writes checkpoints; all ranks call alike.
 
-    Raises UsageError for images and batches that do not fit the preset or the workers,
+    `config` and `preset` are as `prepare` returns them. `source` makes the batches; by
+    default a thread of this process does. Raises UsageError for images that do not fit,
     CheckpointError for `initial` weights of another model.
     """
 
@@ -114,69 +257,92 @@ class Trainer:
         self,
         config: TrainConfig,
         preset: Preset,
-        images: CleanImages,
+        data: TrainingData,
         *,
         rank: int = 0,
         precision: str = "float32",
         initial: list[Array] | None = None,
+        source: Source | None = None,
     ) -> None:
         import keras
         import tensorflow as tf
 
         from denoise_core.models import architecture, build_model
 
-        self.config, self.preset, self.images, self.rank = config, preset, images, rank
+        self.config, self.preset, self.rank = config, preset, rank
         self.progress = Progress()
-        self.sampler = CropSampler(
-            images.training, parse_noise(config.noise), config.grey, config.seed
+        self.sampler = Sampler.make(data.training, config, preset)
+        self.source = source or self._in_thread
+        self.strategy = (
+            tf.distribute.MultiWorkerMirroredStrategy()
+            if config.workers > 1
+            else tf.distribute.get_strategy()
         )
-        for stage in preset.stages:
-            images.check_crop(stage.crop)
-            if stage.batch * config.batch_scale % config.workers:
-                raise UsageError(
-                    f"--workers {config.workers}: batches of {stage.batch * config.batch_scale} "
-                    "crops cannot be shared equally. Change --workers or --batch-scale."
-                )
-        if config.workers > 1:
-            self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        else:
-            self.strategy = tf.distribute.get_strategy()
         keras.utils.set_random_seed(config.seed)
         with self.strategy.scope():
             self.model = build_model(preset.architecture, precision=precision, **preset.arguments)
-            self.optimizer = keras.optimizers.Adam(0.0, global_clipnorm=preset.clip_norm)
+            self.optimizer = _optimizer(config, preset)
             self.optimizer.build(self.model.trainable_variables)
         if initial is not None:
-            try:
-                self.model.set_weights(initial)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"--init {config.init}: not of the architecture of --preset {config.preset} "
-                    f"({error})."
-                ) from error
-        self.stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
+            self._start_from(initial)
+        stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
+        self.held_out = validation_pairs(
+            data.validation,
+            self.sampler,
+            noise=parse_noise(preset.validation_noise or preset.noise),
+            side=min(VALIDATION_SIDE, *(preset.sample or (VALIDATION_SIDE,))),
+            stride=stride,
+        )
         self.ema = self.model.get_weights()
         self._predict = tf.function(lambda x: self.model(x, training=False))
+        self._loss = loss_function(preset.loss)
         self._step = self._make_step(tf)
+
+    def _start_from(self, weights: list[Array]) -> None:
+        try:
+            self.model.set_weights(weights)
+        except ValueError as error:
+            raise CheckpointError(
+                f"--init {self.config.init}: not of the architecture of --preset "
+                f"{self.config.preset} ({error})."
+            ) from error
 
     def _make_step(self, tf: Any) -> Any:
         model, optimizer, strategy = self.model, self.optimizer, self.strategy
-        replicas = self.config.workers
+        replicas, bound, each = self.config.workers, self.preset.clip_norm, self._loss
+        blind = self.config.mode == "noise2void"
 
-        @tf.function(jit_compile=True)
+        def loss_of(denoised: Any, clean: Any, squared: Any) -> Any:
+            known = tf.math.is_finite(clean)
+            target = tf.where(known, clean, denoised) if blind else clean
+            values = tf.where(squared, tf.square(denoised - target), each(denoised, target))
+            # Divided by the global batch: the optimizer sums over the replicas.
+            mean = tf.reduce_mean(values) / replicas
+            return mean / tf.reduce_mean(tf.cast(known, tf.float32)) if blind else mean
+
+        # Replicas average the statistics of a batch normalisation, which XLA cannot compile.
+        @tf.function(jit_compile=replicas == 1 or not _has_state(model))
         def gradients(noisy: Any, clean: Any, squared: Any) -> Any:
             with tf.GradientTape() as tape:
-                error = tf.cast(model(noisy, training=True), tf.float32) - clean
-                each = tf.where(squared, tf.square(error), tf.abs(error))
-                # Divided by the global batch: the optimizer sums over the replicas.
-                loss = tf.reduce_mean(each) / replicas
+                denoised = tf.cast(model(noisy, training=True), tf.float32)
+                loss = loss_of(denoised, clean, squared)
             return loss, tape.gradient(loss, model.trainable_variables)
+
+        def bounded(grads: Any) -> Any:
+            """Bound the norm of the sum over all replicas, the same whatever their number."""
+            if not bound:
+                return grads
+            if replicas == 1:
+                return tf.clip_by_global_norm(grads, bound)[0]
+            context = tf.distribute.get_replica_context()
+            whole = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+            return [g / replicas for g in tf.clip_by_global_norm(whole, bound)[0]]
 
         @tf.function
         def step(noisy: Any, clean: Any, rate: Any, squared: Any) -> Any:
             def replica() -> Any:
                 loss, grads = gradients(noisy, clean, squared)
-                optimizer.apply(grads, model.trainable_variables)
+                optimizer.apply(bounded(grads), model.trainable_variables)
                 return loss
 
             optimizer.learning_rate.assign(rate)
@@ -184,41 +350,59 @@ class Trainer:
 
         return step
 
-    def _batches(self, stage: Stage) -> Iterator[tuple[Array, Array]]:
-        share = stage.batch * self.config.batch_scale // self.config.workers
-        places = range(self.rank * share, (self.rank + 1) * share)
-        step = self.progress.step
-        while True:
-            yield self.sampler.batch(step=step, crop=stage.crop, places=places)
-            step += 1
+    def places(self, stage: Stage) -> range:
+        """Return the places of the global batch that are this worker's."""
+        return places_of(stage, rank=self.rank, workers=self.config.workers)
 
-    def run(self, report: Callable[[dict[str, float], bool], None]) -> None:
+    def _in_thread(self, stage: Stage, *, step: int) -> Batches:
+        places = self.places(stage)
+
+        def endless() -> Batches:
+            at = step
+            while True:
+                yield self.sampler.batch(step=at, crop=stage.crop, places=places, size=stage.batch)
+                at += 1
+
+        return prefetch(endless())
+
+    def run(
+        self,
+        report: Callable[[dict[str, float], bool], None],
+        *,
+        tick: Callable[[float], None] | None = None,
+    ) -> None:
         """Train to the end of the schedule.
 
         `report(metrics, save)` is called at the same steps on every rank; where `save` is true,
-        rank 0 should keep a checkpoint with `save_state`. Raises RunFailed on a loss that is not
-        finite; the last checkpoint is then still good.
+        rank 0 should keep a checkpoint with `save_state`. `metrics` has the mean loss since the
+        last report, and after a validation `val_loss`, `psnr` (NaN where nothing clean is known)
+        and `best`, 1.0 where the validation loss is the lowest yet. `tick(loss)` is called now and
+        then. Raises RunFailed on a loss that is not finite; the last checkpoint is then good.
         """
-        now = validated = time.monotonic()
-        saved_seconds = self.progress.seconds
+        clock = _Clock()
         losses: list[float] = []
         while (fraction := self.progress.fraction(self.config)) < 1.0:
             stage = stage_at(self.preset.stages, fraction)
-            with closing(prefetch(self._batches(stage))) as batches:
-                for noisy, clean in batches:
+            batches: Any = self.source(stage, step=self.progress.step)
+            with closing(batches):
+                for at, (noisy, clean) in enumerate(batches):
+                    if at == 0:
+                        # Starting a stream of crops is no training.
+                        clock.resume()
                     losses.append(self._train_step(noisy, clean, fraction=fraction))
-                    before, now = now, time.monotonic()
-                    self.progress.seconds += now - before
+                    self.progress.seconds += clock.lap()
                     self.progress.pixels += noisy.size // noisy.shape[-1] * self.config.workers
+                    if tick is not None and clock.tick_due():
+                        tick(losses[-1])
                     fraction = self.progress.fraction(self.config)
-                    if fraction >= 1.0 or self._validation_due(now - validated):
+                    if fraction >= 1.0 or self._validation_due(clock.since_validation()):
                         report(self._validate(losses), True)
-                        losses, validated = [], time.monotonic()
-                        saved_seconds, now = self.progress.seconds, validated
-                    elif self._checkpoint_due(saved_seconds):
+                        losses, fraction = [], self.progress.fraction(self.config)
+                        clock.validated()
+                    elif self._checkpoint_due(clock.since_save()):
                         self._require_finite()
                         report({"loss": float(np.mean(losses)), "psnr": math.nan}, True)
-                        saved_seconds, now = self.progress.seconds, time.monotonic()
+                        clock.saved()
                     if fraction >= 1.0 or stage_at(self.preset.stages, fraction) is not stage:
                         break
 
@@ -227,9 +411,8 @@ class Trainer:
             return self.progress.step % (self.config.validate_steps or 500) == 0
         return seconds >= self.config.validate_minutes * 60.0
 
-    def _checkpoint_due(self, saved_seconds: float) -> bool:
-        waited = self.progress.seconds - saved_seconds
-        return self.config.workers == 1 and waited >= self.config.checkpoint_minutes * 60.0
+    def _checkpoint_due(self, seconds: float) -> bool:
+        return self.config.workers == 1 and seconds >= self.config.checkpoint_minutes * 60.0
 
     def _train_step(self, noisy: Array, clean: Array, *, fraction: float) -> float:
         import tensorflow as tf
@@ -240,7 +423,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._diverged(f"The loss became {loss}")
         self.progress.step += 1
-        if self.progress.step % EMA_EVERY == 0:
+        if self.preset.ema and self.progress.step % EMA_EVERY == 0:
             # The average starts short, so that the first weights are soon forgotten.
             momentum = min(self.preset.ema, (1 + self.progress.step) / (10 + self.progress.step))
             keep = momentum**EMA_EVERY
@@ -263,12 +446,52 @@ class Trainer:
     def _validate(self, losses: list[float]) -> dict[str, float]:
         self._require_finite()
         current = self.model.get_weights()
+        if not self.preset.ema:
+            self.ema = current
         self.model.set_weights(self.ema)
-        psnr = validation_psnr(
-            lambda x: self._predict(x).numpy(), self.images.validation, stride=self.stride
-        )
+        val_loss, psnr = self.measure()
         self.model.set_weights(current)
-        return {"loss": float(np.mean(losses)), "psnr": psnr}
+        rate = learning_rate(self.preset, self.config, self.progress)
+        best = note_validation(self.progress, val_loss, self.preset, self.config)
+        if best:
+            self.progress.best_psnr = psnr
+        return {
+            "loss": float(np.mean(losses)),
+            "val_loss": val_loss,
+            "psnr": psnr,
+            "rate": rate,
+            "best": float(best),
+        }
+
+    def measure(self) -> tuple[float, float]:
+        """Return the mean loss and PSNR in dB over the held-out pairs, of the weights as they are.
+
+        PSNR is NaN in the self-supervised modes, where the target is noisy too.
+        """
+        import tensorflow as tf
+
+        values, psnrs = [], []
+        for noisy, clean, output in self.outputs(self.held_out):
+            known = np.isfinite(clean)
+            values.append(float(tf.reduce_mean(self._loss(output[known], clean[known]))))
+            psnrs.append(math.nan if self.config.self_supervised else psnr_of(output, clean))
+            del noisy
+        return float(np.mean(values)), float(np.mean(psnrs))
+
+    def outputs(self, pairs: list[tuple[Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:
+        """Yield (noisy, clean, output), neighbours of one shape predicted together."""
+        start = 0
+        while start < len(pairs):
+            shape = pairs[start][0].shape
+            most = max(1, PREDICT_PIXELS // (shape[0] * shape[1]))
+            group = []
+            for pair in pairs[start : start + most]:
+                if pair[0].shape != shape:
+                    break
+                group.append(pair)
+            outputs = self._predict(np.stack([noisy for noisy, _ in group])).numpy()
+            yield from ((n, c, o) for (n, c), o in zip(group, outputs, strict=True))
+            start += len(group)
 
     def save_state(self, folder: Path) -> None:
         """Write everything that `load_state` needs to go on as if never stopped."""
@@ -305,3 +528,55 @@ class Trainer:
             raise CheckpointError(
                 f"{folder}: no checkpoint of this preset can be read there ({error})."
             ) from error
+
+
+class _Clock:
+    """Times between steps, reports and ticks, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = self.checked = self.kept = self.told = time.monotonic()
+
+    def lap(self) -> float:
+        before, self.now = self.now, time.monotonic()
+        return self.now - before
+
+    def resume(self) -> None:
+        self.now = time.monotonic()
+
+    def tick_due(self) -> bool:
+        due = self.now - self.told >= TICK_S
+        self.told = self.now if due else self.told
+        return due
+
+    def since_validation(self) -> float:
+        return self.now - self.checked
+
+    def since_save(self) -> float:
+        return self.now - self.kept
+
+    def validated(self) -> None:
+        """Begin anew: the time of a validation is none of training."""
+        self.now = self.checked = self.kept = time.monotonic()
+
+    def saved(self) -> None:
+        self.now = self.kept = time.monotonic()
+
+
+def places_of(stage: Stage, *, rank: int, workers: int) -> range:
+    """Return the places of a stage's global batch that belong to one worker."""
+    share = stage.batch // workers
+    return range(rank * share, (rank + 1) * share)
+
+
+def _optimizer(config: TrainConfig, preset: Preset) -> Any:
+    import keras
+
+    if preset.optimizer == "adamw":
+        return keras.optimizers.AdamW(0.0, weight_decay=config.weight_decay)
+    return {"adam": keras.optimizers.Adam, "adadelta": keras.optimizers.Adadelta}[preset.optimizer](
+        0.0
+    )
+
+
+def _has_state(model: Any) -> bool:
+    return len(model.weights) > len(model.trainable_weights)

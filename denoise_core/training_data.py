@@ -1,167 +1,590 @@
-"""Training data: images -> noisy and clean crops.
+"""Training data: images, IDX files and pairs -> noisy and clean crops.
+
+    data = TrainingData.index(config, recipe)            # names and sizes, split; no pixels yet
+    sampler = Sampler(data.training, config, recipe)
+    noisy, clean = sampler.batch(step=0, crop=64, places=range(8))
 
 A batch is a function of (seed, step, place in the batch) alone. So a resumed run continues where it
-was, and the global batch is the same however many workers share it.
+was, and the global batch is the same however many workers share it. Images are read when they are
+first drawn and kept while memory lasts; a collection that is too large for that is drawn from a
+window that moves through its shuffled list, so that every image is read about once in a pass.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from denoise_core.errors import DenoiseError, UsageError
-from denoise_core.images import decode, read_header, rescale
-from denoise_core.noise import Gaussian
+from denoise_core.config import TrainConfig, nearest
+from denoise_core.errors import DenoiseError, ObjectNotFound, UsageError
+from denoise_core.idx import is_idx, read_idx
+from denoise_core.images import data_range, decode, read_header
+from denoise_core.images.codecs import SUFFIXES
+from denoise_core.noise import Noise, parse_noise
+from denoise_core.pairs import matched, refuse_unpaired
+from denoise_core.presets import Preset
+from denoise_core.storage import Entry, StorageOptions, expand, storage_for
 
 Array = np.ndarray
 
+IMAGE_SUFFIXES = tuple(suffix for group in SUFFIXES.values() for suffix in group)
 # Sharp small photographs matter most off-domain: large images also enter at these scales.
 SCALES = (1.0, 0.5)
 LARGE_SIDE = 1000
+# Up to so many files are opened before the start, for their sizes; of more, names are enough.
+MOST_HEADERS = 20_000
+CACHE_BYTES = 2 << 30
+# Of a collection larger than the cache: images in the moving window, and crops of each.
+WINDOW_IMAGES = 256
+CROPS_OF_EACH = 64
+VALIDATION_IMAGES = 1000
+AUGMENTATIONS = ("none", "flip", "rotate90", "scale", "affine")
+# ITU-R BT.601 luma, as in the grey version of BSD68.
+LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)
 
 
-def find_images(folders: Sequence[str]) -> list[Path]:
-    """Return the image files below `folders`, sorted. Raises UsageError where there are none."""
-    suffixes = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp"}
-    paths = [
-        path
-        for folder in folders
-        for path in ([Path(folder)] if Path(folder).is_file() else sorted(Path(folder).rglob("*")))
-        if path.suffix.lower() in suffixes and path.is_file()
-    ]
-    if not paths:
-        raise UsageError(
-            f"No images found in {', '.join(folders)}: expected files with one of the endings "
-            f"{', '.join(sorted(suffixes))}."
-        )
-    return paths
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image to draw from, not yet read. `clean_uri` is a noisy image's partner.
 
-
-def check_images(paths: Sequence[Path], *, crop: int) -> None:
-    """Raise UsageError where a crop of `crop` pixels does not fit into an image, by its header."""
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                header = read_header(file, name=path.name)
-        except (OSError, DenoiseError) as error:
-            raise UsageError(f"{path}: {error}") from error
-        if min(header.height, header.width) < crop:
-            raise UsageError(
-                f"{path}: crops of {crop} px do not fit into {header.width}x{header.height} px. "
-                "Leave the image out or choose a preset with smaller crops."
-            )
-
-
-def load_clean(path: Path) -> list[Array]:
-    """Read one image as 8-bit RGB arrays (H, W, 3), a large one at several scales.
-
-    Raises UsageError for a file that cannot be trained on.
+    `member` is the place in an IDX file; `scale` reduces the image. Sides are those of the file in
+    pixels, 0 where it was not opened.
     """
-    try:
-        image = decode(path.read_bytes(), name=path.name).pixels
-    except (OSError, DenoiseError) as error:
-        raise UsageError(f"{path}: {error}") from error
-    if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 3):
+
+    uri: str
+    height: int = 0
+    width: int = 0
+    channels: int = 0
+    member: int | None = None
+    scale: float = 1.0
+    clean_uri: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The URI, with the place in an IDX file."""
+        return self.uri if self.member is None else f"{self.uri}#{self.member}"
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) as they are drawn from."""
+        return round(self.height * self.scale), round(self.width * self.scale)
+
+
+# --- the index ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Pictures to train on and pictures held out; `files` counts the images behind the first."""
+
+    training: list[Picture]
+    validation: list[Picture]
+
+    @staticmethod
+    def index(config: TrainConfig, preset: Preset) -> TrainingData:
+        """List, open headers, check against the preset, hold out a seeded share of the files.
+
+        Raises UsageError for no images, pairs without partner, unreadable files, and images that do
+        not fit the preset.
+        """
+        pictures = find_pictures(config.data, config)
+        if config.validation_data:
+            held = find_pictures(config.validation_data, config)
+        else:
+            pictures, held = _split(pictures, config.validation, seed=config.seed)
+        data = TrainingData(_scaled(pictures), held)
+        data._check(config, preset)
+        return data
+
+    @property
+    def files(self) -> int:
+        """Images to train on, not counting those that enter at several scales twice."""
+        return sum(picture.scale == 1.0 for picture in self.training)
+
+    def _check(self, config: TrainConfig, preset: Preset) -> None:
+        crop = max(stage.crop for stage in stages_of(config, preset))
+        side = 2 * crop if config.mode == "neighbor2neighbor" else crop
+        for picture in (*self.training, *self.validation):
+            height, width = picture.sides
+            if not height:
+                continue
+            if preset.sample is not None and (height, width) != preset.sample:
+                want = "x".join(map(str, reversed(preset.sample)))
+                raise UsageError(
+                    f"{picture.name}: --preset {config.preset} is for images of {want} px with "
+                    f"{preset.channels} channel(s), such as MNIST; got {width}x{height} px with "
+                    f"{picture.channels}. For photographs choose unet-s or photo-conv."
+                )
+            if min(height, width) < side:
+                raise UsageError(
+                    f"{picture.name}: crops of {side} px do not fit into {width}x{height} px. "
+                    "Leave the image out, give --crop, or choose a preset with smaller crops."
+                )
+
+
+def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
+    """Return the pictures of folders, files, globs and prefixes, sorted by path and opened.
+
+    Raises UsageError where there are none, or one cannot be trained on.
+    """
+    options = StorageOptions(s3_endpoint=config.s3_endpoint)
+    entries = sorted(_listed(data, options), key=lambda entry: (entry.path, entry.uri))
+    if config.noisy is not None:
+        noisy = matched(entries, config.noisy, flag="noisy")
+        clean = matched(entries, config.clean or "", flag="clean")
+        refuse_unpaired(noisy, clean)
+        pictures = [Picture(noisy[key].uri, clean_uri=clean[key].uri) for key in sorted(noisy)]
+    else:
+        pictures = [p for entry in entries for p in _pictures(entry, options)]
+    if not pictures:
         raise UsageError(
-            f"{path}: training takes 8- or 16-bit images of 1 or 3 channels, "
-            f"got {image.dtype} with {image.shape[2]}."
+            f"No images found in {', '.join(data)}: expected files with one of the endings "
+            f"{', '.join(IMAGE_SUFFIXES)}, or IDX files."
         )
-    if image.dtype == np.uint16:
-        image = rescale(image, np.uint8, source=(0.0, 65535.0))
-    image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-    if min(image.shape[:2]) < LARGE_SIDE:
-        return [image]
-    return [_reduce(image, scale) for scale in SCALES]
+    if len(pictures) > MOST_HEADERS or pictures[0].member is not None:
+        return pictures
+    return [p if p.height else _opened(p, options) for p in pictures]
+
+
+def _listed(data: Sequence[str], options: StorageOptions) -> Iterator[Entry]:
+    try:
+        for found in expand(data, options):
+            if not isinstance(found, Entry):
+                raise found[1]
+            if found.uri in data or _is_wanted(found.path.rpartition("/")[2].lower()):
+                yield found
+    except ObjectNotFound as error:
+        raise UsageError(f"No images found in {', '.join(data)}: {error}") from error
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file of a folder is to train on: MNIST's labels and its test set are not."""
+    if is_idx(name):
+        return "labels" not in name and not name.startswith("t10k")
+    return name.endswith(IMAGE_SUFFIXES)
+
+
+def _pictures(entry: Entry, options: StorageOptions) -> list[Picture]:
+    if not is_idx(entry.path):
+        return [Picture(entry.uri)]
+    array = _idx_array(entry.uri, options)
+    count, height, width = array.shape[:3]
+    channels = array.shape[3] if array.ndim == 4 else 1
+    return [Picture(entry.uri, height, width, channels, member=i) for i in range(count)]
+
+
+def _opened(picture: Picture, options: StorageOptions) -> Picture:
+    try:
+        with storage_for(picture.uri, options).open(picture.uri) as file:
+            header = read_header(file, name=picture.uri)
+    except DenoiseError as error:
+        raise UsageError(f"{picture.uri}: {error}") from error
+    return replace(picture, height=header.height, width=header.width, channels=header.channels)
+
+
+def _split(
+    pictures: list[Picture], share: float, *, seed: int
+) -> tuple[list[Picture], list[Picture]]:
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    held = {int(i) for i in order[: max(1, round(len(pictures) * share))]}
+    if len(held) == len(pictures):
+        raise UsageError(
+            f"{len(pictures)} image(s) cannot be split into training and validation: give more, or "
+            "--validation-data."
+        )
+    parts: tuple[list[Picture], list[Picture]] = ([], [])
+    for index, picture in enumerate(pictures):
+        parts[index in held].append(picture)
+    return parts
+
+
+def _scaled(pictures: list[Picture]) -> list[Picture]:
+    """Let large images enter at several scales; pairs and IDX images stay as they are."""
+    return [
+        replace(picture, scale=scale)
+        for picture in pictures
+        for scale in (SCALES if _is_large(picture) else (1.0,))
+    ]
+
+
+def _is_large(picture: Picture) -> bool:
+    return min(picture.height, picture.width) >= LARGE_SIDE and picture.clean_uri is None
+
+
+def stages_of(config: TrainConfig, preset: Preset) -> tuple[Any, ...]:
+    """Return the preset's stages with --crop, --batch and --batch-scale applied."""
+    return tuple(
+        replace(
+            stage,
+            crop=config.crop or stage.crop,
+            batch=(config.batch or stage.batch) * config.batch_scale,
+        )
+        for stage in preset.stages
+    )
+
+
+# --- pixels -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _idx_array(uri: str, options: StorageOptions) -> Array:
+    try:
+        array: Array = read_idx(storage_for(uri, options).read(uri), name=uri)
+    except DenoiseError as error:
+        raise UsageError(f"{uri}: {error}") from error
+    if array.ndim not in (3, 4):
+        raise UsageError(f"{uri}: holds {array.ndim} dimension(s); expected images, three or four.")
+    return array
+
+
+class Library:
+    """Reads pictures and keeps those last used, up to CACHE_BYTES."""
+
+    def __init__(
+        self, options: StorageOptions, *, channels: int, capacity: int = CACHE_BYTES
+    ) -> None:
+        self.options, self.channels, self.capacity = options, channels, capacity
+        self.kept: OrderedDict[Picture, tuple[Array, Array | None]] = OrderedDict()
+        self.bytes = 0
+
+    def get(self, picture: Picture) -> tuple[Array, Array | None]:
+        """Return the picture and its clean partner, both (H, W, channels) in their file's dtype.
+
+        Raises UsageError for what cannot be trained on.
+        """
+        if picture in self.kept:
+            self.kept.move_to_end(picture)
+            return self.kept[picture]
+        arrays = self._read(picture)
+        self.kept[picture] = arrays
+        self.bytes += _size(arrays)
+        while self.bytes > self.capacity and len(self.kept) > 1:
+            self.bytes -= _size(self.kept.popitem(last=False)[1])
+        return arrays
+
+    def _read(self, picture: Picture) -> tuple[Array, Array | None]:
+        image = self._load(picture.uri, picture.member)
+        if picture.scale != 1.0:
+            image = _reduce(image, picture.scale)
+        if picture.clean_uri is None:
+            return image, None
+        clean = self._load(picture.clean_uri, None)
+        if clean.shape != image.shape:
+            raise UsageError(
+                f"{picture.uri} is {image.shape[1]}x{image.shape[0]} px and its clean partner "
+                f"{picture.clean_uri} {clean.shape[1]}x{clean.shape[0]} px: expected equal sizes."
+            )
+        return image, clean
+
+    def _load(self, uri: str, member: int | None) -> Array:
+        if member is not None:
+            array = _idx_array(uri, self.options)[member]
+            return self._fit(array[..., None] if array.ndim == 2 else array, uri)
+        try:
+            pixels = decode(storage_for(uri, self.options).read(uri), name=uri).pixels
+        except DenoiseError as error:
+            raise UsageError(f"{uri}: {error}") from error
+        return self._fit(pixels, uri)
+
+    def _fit(self, image: Array, uri: str) -> Array:
+        """Return the image with the network's channels: grey repeated, colour turned to luma."""
+        if image.shape[2] == self.channels:
+            return image
+        if image.shape[2] == 1:
+            return np.repeat(image, self.channels, axis=2)
+        if image.shape[2] == 3 and self.channels == 1:
+            luma = image.astype(np.float32) @ LUMA
+            return luma if image.dtype.kind == "f" else np.rint(luma).astype(image.dtype)
+        raise UsageError(
+            f"{uri}: training takes images of 1 or 3 channels, got {image.shape[2]}. Leave it out."
+        )
+
+
+def _size(arrays: tuple[Array, Array | None]) -> int:
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def _reduce(image: Array, scale: float) -> Array:
-    if scale == 1.0:
-        return image
+    """Reduce (H, W, C) by averaging over pixels, in the image's dtype."""
     from PIL import Image
 
-    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-
-
-@dataclass(frozen=True, slots=True)
-class CleanImages:
-    """Clean images in memory, split into training and validation parts."""
-
-    training: list[Array]
-    validation: list[Array]
-
-    @staticmethod
-    def load(paths: Sequence[Path], *, validation: float, seed: int) -> CleanImages:
-        """Read images and hold out a seeded share of the files, at least one, for validation.
-
-        Raises UsageError for files that cannot be trained on and where there are too few.
-        """
-        order = np.random.default_rng(seed).permutation(len(paths))
-        held = {int(i) for i in order[: max(1, round(len(paths) * validation))]}
-        if len(held) == len(paths):
-            raise UsageError(
-                f"{len(paths)} image(s) cannot be split into training and validation: give more."
+    height, width = round(image.shape[0] * scale), round(image.shape[1] * scale)
+    if image.dtype == np.uint8:
+        flat = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+        return np.asarray(flat.resize((width, height), Image.Resampling.BOX)).reshape(
+            height, width, -1
+        )
+    planes = [
+        np.asarray(
+            Image.fromarray(image[..., c].astype(np.float32)).resize(
+                (width, height), Image.Resampling.BOX
             )
-        parts: tuple[list[Array], list[Array]] = ([], [])
-        for index, path in enumerate(paths):
-            parts[index in held].extend(load_clean(path))
-        return CleanImages(*parts)
+        )
+        for c in range(image.shape[2])
+    ]
+    stacked = np.stack(planes, axis=2)
+    return stacked if image.dtype.kind == "f" else np.rint(stacked).astype(image.dtype)
 
-    def check_crop(self, crop: int) -> None:
-        """Raise UsageError where `crop` pixels do not fit into an image, held out or not."""
-        smallest = min(min(image.shape[:2]) for image in [*self.training, *self.validation])
-        if crop > smallest:
+
+def to_unit(crop: Array, image: Array) -> Array:
+    """Return a crop of `image` as float32, its data range scaled to [0, 1]."""
+    if image.dtype == np.uint8:
+        return crop.astype(np.float32) / np.float32(255.0)
+    low, high = data_range(image)
+    return (crop.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+
+def parse_augment(text: str) -> tuple[str, ...]:
+    """Read words between commas, of AUGMENTATIONS. Raises UsageError."""
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    for word in words:
+        if word not in AUGMENTATIONS:
             raise UsageError(
-                f"Crops of {crop} px do not fit: the smallest image has a side of {smallest} px. "
-                "Leave it out or choose a preset with smaller crops."
+                f"--augment {word!r}: expected some of {', '.join(AUGMENTATIONS)}."
+                f"{nearest(word, AUGMENTATIONS)}"
             )
+    return tuple(word for word in words if word != "none")
 
 
-@dataclass(frozen=True, slots=True)
-class CropSampler:
-    """Draws noisy and clean crops from images in memory."""
+@dataclass(slots=True)
+class Sampler:
+    """Draws noisy and clean crops. What it draws for a step and a place never changes.
 
-    images: list[Array]
-    noise: Gaussian
-    grey: float
+    `mode` 'clean' adds noise to clean images, 'pairs' cuts both partners alike; 'neighbor2neighbor'
+    and 'noise2void' learn from noisy images alone. `order` is the preset's.
+    """
+
+    pictures: list[Picture]
+    library: Library
+    noise: Noise
     seed: int
-    shares: Array = field(init=False)
+    mode: str = "clean"
+    order: str = "draws"
+    grey: float = 0.0
+    augment: tuple[str, ...] = ("flip", "rotate90")
+    _shares: Array = field(init=False)
+    _windowed: bool = field(init=False)
+    _order: tuple[int, Array] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # Square roots: a 2K photo weighs more than a small one, but not forty times more.
-        sides = np.sqrt([image.shape[0] * image.shape[1] for image in self.images])
-        object.__setattr__(self, "shares", np.cumsum(sides[:-1]) / sides.sum())
+        sides = np.sqrt([max(1, p.sides[0] * p.sides[1]) for p in self.pictures])
+        self._shares = np.cumsum(sides[:-1]) / sides.sum()
+        # Too much to keep, or of unknown size: draw from a moving window.
+        pixels = float(np.sum(sides**2)) * self.library.channels
+        unknown = not self.pictures[0].height
+        self._windowed = unknown or pixels > self.library.capacity
 
-    def sample(self, *, step: int, place: int, crop: int) -> tuple[Array, Array]:
-        """Return (noisy, clean), float32 (crop, crop, 3); clean is in [0, 1].
+    @classmethod
+    def make(cls, pictures: list[Picture], config: TrainConfig, preset: Preset) -> Sampler:
+        """Return the sampler of a training."""
+        options = StorageOptions(s3_endpoint=config.s3_endpoint)
+        return cls(
+            pictures,
+            Library(options, channels=preset.channels),
+            parse_noise(config.noise or preset.noise),
+            config.seed,
+            mode=config.mode,
+            order=preset.order,
+            grey=(preset.grey if config.grey is None else config.grey)
+            if preset.channels == 3
+            else 0.0,
+            augment=parse_augment(config.augment or preset.augment),
+        )
 
-        Images are drawn in proportion to the square root of their pixels; crops are flipped and
-        turned by quarters.
-        """
-        rng = np.random.default_rng((self.seed, step, place))
-        image = self.images[np.searchsorted(self.shares, rng.random())]
-        top = rng.integers(image.shape[0] - crop + 1)
-        left = rng.integers(image.shape[1] - crop + 1)
-        cut = np.rot90(image[top : top + crop, left : left + crop], k=int(rng.integers(4)))
-        cut = cut[:, ::-1] if rng.integers(2) else cut
-        clean = cut.astype(np.float32) / np.float32(255.0)
-        if rng.random() < self.grey:
-            # ITU-R BT.601 luma, as in the grey version of BSD68; one noise for all channels.
-            luma = clean @ np.array([[0.299], [0.587], [0.114]], np.float32)
-            noisy = self.noise.apply(luma, rng)
-            return np.repeat(noisy, 3, axis=2), np.repeat(luma, 3, axis=2)
-        return self.noise.apply(np.ascontiguousarray(clean), rng), clean
-
-    def batch(self, *, step: int, crop: int, places: range) -> tuple[Array, Array]:
-        """Return the samples `places` of the global batch of `step`, stacked."""
-        pairs = [self.sample(step=step, place=place, crop=crop) for place in places]
+    def batch(
+        self, *, step: int, crop: int, places: range, size: int | None = None
+    ) -> tuple[Array, Array]:
+        """Return the samples `places` of the global batch of `step`, which has `size`, stacked."""
+        size = size or len(places)
+        pairs = [self.sample(step=step, place=p, crop=crop, size=size) for p in places]
         noisy, clean = zip(*pairs, strict=True)
         return np.stack(noisy), np.stack(clean)
+
+    def sample(self, *, step: int, place: int, crop: int, size: int = 1) -> tuple[Array, Array]:
+        """Return (noisy, clean), float32 (crop, crop, C); clean is in [0, 1]."""
+        rng = np.random.default_rng((self.seed, step, place))
+        picture = self._picture(rng, number=step * size + place)
+        image, partner = self.library.get(picture)
+        window = 2 * crop if self.mode == "neighbor2neighbor" else crop
+        cut, other = self._cut(rng, picture, (image, partner), side=window)
+        if self.mode == "pairs":
+            assert other is not None
+            return cut, other
+        if self.mode == "neighbor2neighbor":
+            return neighbours(cut, rng)
+        if self.mode == "noise2void":
+            return blind_spots(cut, rng)
+        return self._with_noise(cut, rng)
+
+    def _picture(self, rng: np.random.Generator, *, number: int) -> Picture:
+        count = len(self.pictures)
+        if self._windowed:
+            begin = number // CROPS_OF_EACH
+            at = begin + int(rng.integers(min(WINDOW_IMAGES, count)))
+            return self.pictures[int(self._permutation(at // count)[at % count])]
+        if self.order == "epochs":
+            return self.pictures[int(self._permutation(number // count)[number % count])]
+        return self.pictures[int(np.searchsorted(self._shares, rng.random()))]
+
+    def _permutation(self, epoch: int) -> Array:
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng((self.seed, 2**31, epoch))
+            self._order = epoch, rng.permutation(len(self.pictures))
+        return self._order[1]
+
+    def _cut(
+        self,
+        rng: np.random.Generator,
+        picture: Picture,
+        images: tuple[Array, Array | None],
+        *,
+        side: int,
+    ) -> tuple[Array, Array | None]:
+        """Return one crop of the image and of its partner, augmented alike, in [0, 1]."""
+        image = images[0]
+        window = side
+        if "scale" in self.augment:
+            most = min(image.shape[:2])
+            window = min(most, round(side / rng.uniform(0.6, 1.0)))
+        if min(image.shape[:2]) < window:
+            raise UsageError(
+                f"{picture.name}: crops of {window} px do not fit into "
+                f"{image.shape[1]}x{image.shape[0]} px. Leave the image out or give --crop."
+            )
+        top = int(rng.integers(image.shape[0] - window + 1))
+        left = int(rng.integers(image.shape[1] - window + 1))
+        turns = int(rng.integers(4)) if "rotate90" in self.augment else 0
+        flip = bool(rng.integers(2)) if "flip" in self.augment else False
+        warp = Affine.draw(rng) if "affine" in self.augment else None
+
+        def one(pixels: Array) -> Array:
+            cut = pixels[top : top + window, left : left + window]
+            if window != side:
+                cut = _reduce(np.ascontiguousarray(cut), side / window)
+            cut = np.rot90(cut, k=turns)
+            cut = cut[:, ::-1] if flip else cut
+            values = to_unit(np.ascontiguousarray(cut), pixels)
+            return values if warp is None else warp.apply(values)
+
+        return one(image), None if images[1] is None else one(images[1])
+
+    def _with_noise(self, clean: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+        if clean.shape[2] == 3 and rng.random() < self.grey:
+            # One noise for all channels.
+            luma = clean @ LUMA
+            noisy = self.noise.apply(luma, rng)
+            return np.repeat(noisy, 3, axis=2), np.repeat(luma, 3, axis=2)
+        return self.noise.apply(clean, rng), clean
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A small turn in degrees, a zoom and a shift in pixels, around the middle of an image."""
+
+    degrees: float
+    zoom: float
+    shift: tuple[float, float]
+
+    @staticmethod
+    def draw(rng: np.random.Generator) -> Affine:
+        """Draw a turn up to 10 degrees, a zoom of 0.9-1.1, a shift up to 2 px."""
+        y, x = rng.uniform(-2, 2, 2)
+        return Affine(float(rng.uniform(-10, 10)), float(rng.uniform(0.9, 1.1)), (y, x))
+
+    def apply(self, image: Array) -> Array:
+        """Return (H, W, C) float32 of the same shape; what comes from outside is 0."""
+        from scipy.ndimage import affine_transform
+
+        angle = np.deg2rad(self.degrees)
+        matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        matrix /= self.zoom
+        middle = (np.array(image.shape[:2]) - 1) / 2
+        offset = middle - matrix @ (middle + np.array(self.shift))
+        planes = [
+            affine_transform(image[..., c], matrix, offset, order=1) for c in range(image.shape[2])
+        ]
+        return np.stack(planes, axis=2).astype(np.float32)
+
+
+def neighbours(noisy: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Return two images (H/2, W/2, C) of neighbouring pixels of one noisy image (H, W, C).
+
+    In every 2x2 cell two pixels that share an edge are drawn, one for each; with noise that is
+    independent between pixels the second is a noisy target for the first. Neighbor2Neighbor (Huang
+    et al., CVPR 2021), without its regularizer.
+    """
+    height, width, channels = noisy.shape
+    cells = noisy.reshape(height // 2, 2, width // 2, 2, channels).transpose(0, 2, 1, 3, 4)
+    cells = cells.reshape(height // 2, width // 2, 4, channels)
+    # Clockwise, neighbours in this list share an edge.
+    ring = cells[:, :, [0, 1, 3, 2]]
+    first = rng.integers(4, size=ring.shape[:2])
+    second = (first + rng.choice([1, 3], size=first.shape)) % 4
+    rows, columns = np.indices(first.shape)
+    return ring[rows, columns, first], ring[rows, columns, second]
+
+
+def blind_spots(
+    noisy: Array, rng: np.random.Generator, *, share: float = 0.02, reach: int = 2
+) -> tuple[Array, Array]:
+    """Return (input, target): a `share` of the pixels is replaced by a neighbour within `reach`.
+
+    The target has the true values there and NaN elsewhere, where there is nothing to learn.
+    Noise2Void (Krull et al., CVPR 2019).
+    """
+    height, width = noisy.shape[:2]
+    count = max(1, round(share * height * width))
+    y, x = rng.integers(height, size=count), rng.integers(width, size=count)
+    steps = rng.integers(-reach, reach + 1, (2, count))
+    # A pixel may not stand in for itself.
+    steps[0] += np.where((steps == 0).all(axis=0), 1, 0)
+    from_y = np.abs(y + steps[0])
+    from_y = np.where(from_y >= height, 2 * height - 2 - from_y, from_y)
+    from_x = np.abs(x + steps[1])
+    from_x = np.where(from_x >= width, 2 * width - 2 - from_x, from_x)
+    values, target = noisy.copy(), np.full_like(noisy, np.nan)
+    values[y, x] = noisy[from_y, from_x]
+    target[y, x] = noisy[y, x]
+    return values, target
+
+
+def validation_pairs(
+    pictures: Sequence[Picture], sampler: Sampler, *, noise: Noise, side: int, stride: int
+) -> list[tuple[Array, Array]]:
+    """Return (noisy, clean) float32 centre crops (h, w, C), always the same.
+
+    Sides are at most `side` and multiples of `stride`. For the self-supervised modes the pairs are
+    what these train on; there is nothing clean to compare with.
+    """
+    pairs = []
+    for index, picture in enumerate(pictures[:VALIDATION_IMAGES]):
+        rng = np.random.default_rng((0, index))
+        image, partner = sampler.library.get(picture)
+        unit = 2 * stride if sampler.mode == "neighbor2neighbor" else stride
+        height, width = (min(side, length // unit * unit) for length in image.shape[:2])
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        place = slice(top, top + height), slice(left, left + width)
+        values = to_unit(image[place], image)
+        if sampler.mode == "pairs" and partner is not None:
+            pairs.append((values, to_unit(partner[place], partner)))
+        elif sampler.mode == "neighbor2neighbor":
+            pairs.append(neighbours(values, rng))
+        elif sampler.mode == "noise2void":
+            pairs.append(blind_spots(values, rng))
+        else:
+            pairs.append((noise.apply(values, rng), values))
+    return pairs
 
 
 def prefetch(

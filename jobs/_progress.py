@@ -107,12 +107,32 @@ class Bar(Watcher):
             )
 
 
+class TrainingBar:
+    """A live bar of a training on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.fields[line]}"))
+        self.progress = Progress(*columns, transient=True)
+        self.task = self.progress.add_task("", total=None, line="Starting workers")
+
+    def update(self, fraction: float, text: str) -> None:
+        """Move the bar to that share of the schedule."""
+        self.progress.update(self.task, total=1.0, completed=fraction, line=text)
+
+
+def is_live(kind: str) -> bool:
+    """Whether a live bar is wanted and can be seen."""
+    return kind == "auto" and sys.stdout.isatty()
+
+
 @contextmanager
 def display(kind: str) -> Iterator[Watcher]:
     """Yield the watcher for 'plain', 'json', or 'auto': a bar where stdout is a terminal."""
     if kind == "json":
         yield Json()
-    elif kind == "plain" or not sys.stdout.isatty():
+    elif not is_live(kind):
         yield Plain()
     else:
         bar = Bar()

@@ -1,41 +1,99 @@
-"""Train a denoiser on clean images: `python -m jobs.train DATA... --output RUN --hours 2`."""
+"""Train a denoiser: `python -m jobs.train DATA... --output RUN --preset NAME`."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import click
 
 from denoise_core.config import TrainConfig
-from denoise_core.presets import preset
-from denoise_core.training import check_training
+from denoise_core.training import prepare
 from jobs._cli import settings_command
+from jobs._progress import TrainingBar, is_live
 from jobs._ray import _silent_stderr, start_ray
 
 
 def run(config: TrainConfig) -> int:
-    """Train by `config` and print a line for each report. Returns the exit code."""
-    check_training(config, preset(config.preset))
+    """Train by `config`, show progress, print where the best model is. Returns the exit code."""
+    plan = prepare(config)
     start_ray()
     # TensorFlow, which Ray Train imports here, greets on stderr whatever its log level.
     with _silent_stderr():
         from denoise_core.pipelines.train import run_training
 
-    best = run_training(config, show=lambda row: click.echo(line(row)))
-    click.echo(f"Done. Use it with: python -m jobs.denoise INPUT --output OUT --model {best}")
+    display = Display(config)
+    with display.open():
+        best = run_training(plan, show=display.show)
+    display.finish(best)
     return 0
+
+
+class Display:
+    """What a person sees: a live bar on a terminal, lines elsewhere, JSON lines for programs."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.json = config, config.progress == "json"
+        self.bar = TrainingBar() if is_live(config.progress) else None
+        self.best: dict[str, Any] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Keep the bar, if there is one, on the terminal."""
+        if self.bar is None:
+            yield
+            return
+        with self.bar.progress:
+            yield
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Show a report; those between validations only move the bar."""
+        if row.get("best"):
+            self.best = row
+        if self.bar is not None:
+            self.bar.update(row["fraction"], line(row))
+        if row.get("tick") and not self.json:
+            return
+        if self.json:
+            known = {k: v for k, v in row.items() if v == v}
+            click.echo(json.dumps({"progress": known}))
+        elif self.bar is not None:
+            self.bar.progress.console.print(line(row), markup=False, highlight=False)
+        else:
+            click.echo(line(row))
+
+    def finish(self, best: str) -> None:
+        """Print the best figures and the path of the model."""
+        if self.json:
+            known = {k: self.best.get(k) for k in ("step", "val_loss", "psnr")}
+            click.echo(json.dumps({"done": {**known, "model": best}}))
+            return
+        figures = f", {figure_text(self.best)} at step {self.best['step']}" if self.best else ""
+        click.echo(
+            f"Done{figures}. Use it with: python -m jobs.denoise INPUT --output OUT --model {best}"
+        )
+
+
+def figure_text(row: dict[str, Any]) -> str:
+    """Return validation PSNR, or the validation loss where nothing clean is known."""
+    if math.isfinite(row.get("psnr", math.nan)):
+        return f"validation PSNR {row['psnr']:.2f} dB"
+    return f"validation loss {row['val_loss']:.5f}" if "val_loss" in row else ""
 
 
 def line(row: dict[str, Any]) -> str:
     """Return one report as a line: share done, step, pixels, speed, loss, PSNR, time left."""
     done, seconds = max(row["fraction"], 1e-9), max(row["seconds"], 1e-9)
-    psnr = "" if math.isnan(row["psnr"]) else f"  validation PSNR {row['psnr']:.2f} dB"
+    figures = figure_text(row)
     left = timedelta(seconds=round(seconds * (1.0 - done) / done))
     return (
         f"{row['fraction']:6.1%}  step {row['step']}  {row['pixels'] / 1e6:.0f} Mpx  "
-        f"{row['pixels'] / 1e6 / seconds:.3f} Mpx/s  loss {row['loss']:.5f}{psnr}  {left} left"
+        f"{row['pixels'] / 1e6 / seconds:.3f} Mpx/s  {row['step'] / seconds:.1f} steps/s  "
+        f"loss {row['loss']:.5f}{'  ' * bool(figures)}{figures}  {left} left"
     )
 
 

@@ -1,94 +1,152 @@
-"""Training on Ray Train: a worker group runs `Trainer`, reports and keeps checkpoints.
+"""Training on Ray Train: a worker group runs `Trainer`, Ray Data makes its crops.
 
 On a failure Ray restarts the whole group, which goes on from the last reported checkpoint. A new
 driver with the same output folder does the same (`--resume`). Rank 0 sends its reports to the
 driver through a queue: Ray Train's callbacks run in the controller's process, where nobody looks.
+
+OUT has `train.json` (settings), `history.csv`, `best/` (the model), `curves.png`, `samples/`,
+`tensorboard/` and `ray/` (checkpoints to resume from).
 """
 
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
+import math
 import os
+import shutil
 import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+import ray.data
 import ray.train
 from ray.train.tensorflow import TensorflowTrainer
 from ray.util.queue import Empty, Queue
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
-from denoise_core.errors import DenoiseError, RunFailed
-from denoise_core.models import architecture
-from denoise_core.presets import Preset
-from denoise_core.presets import preset as find_preset
-from denoise_core.training import HISTORY, check_training
-from denoise_core.training_data import CleanImages, find_images
+from denoise_core.errors import DenoiseError, RunFailed, StorageError
+from denoise_core.models import architecture, input_size
+from denoise_core.presets import Preset, Stage
+from denoise_core.storage import StorageOptions, join, storage_for
+from denoise_core.training import HISTORY, Plan, Trainer, places_of
+from denoise_core.training_data import Picture, Sampler, TrainingData
 
-HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "psnr")
+HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
+# One row of Ray Data's stream holds a step; its blocks hold about so many bytes.
+BLOCK_BYTES = 8_000_000
+# A stream ends after so many steps and is begun anew.
+STREAM_STEPS = 50_000
+# What a worker and its stream ask of Ray; together they fit on one core, so that two workers train
+# on a laptop. Threads, not these numbers, share out the cores.
+WORKER_CPUS, STREAM_CPUS = 0.5, 0.1
+# Of the validations one in so many leaves a picture of samples; and so do the first and the last.
+SAMPLES_EVERY = 5
+SAMPLES = 4
 
+Array = np.ndarray
 Show = Callable[[dict[str, Any]], None]
 
 
-def run_training(config: TrainConfig, *, show: Show, preset: Preset | None = None) -> Path:
-    """Train by `config`; call `show` with each report. Returns the folder of the best model.
+def run_training(plan: Plan, *, show: Show) -> str:
+    """Train by `plan`; call `show` with each report. Returns the folder of the best model.
 
-    `preset` takes the place of the one that `config` names. Ray must be initialised. Raises
-    UsageError for settings that do not fit the data, CheckpointError for a checkpoint that does not
-    fit the preset, RunFailed where training ended early.
+    A report with `tick` tells of progress between validations. Ray must be initialised. Raises
+    UsageError for images that do not fit, CheckpointError for a checkpoint that does not fit the
+    preset, RunFailed where training ended early.
     """
-    recipe = preset or find_preset(config.preset)
-    check_training(config, recipe)
-    output = Path(config.output).absolute()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "train.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
-    config = replace(
-        config,
-        data=tuple(_absolute(name) for name in config.data),
-        init=config.init and _absolute(config.init),
-        output=str(output),
-    )
+    files = RunFiles(plan.config)
+    files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
     try:
         mail = Queue(actor_options={"num_cpus": 0})
-        _fit(_ray_trainer(config, recipe, mail), mail=mail, show=show)
+        _fit(_ray_trainer(plan, mail), mail=mail, show=show)
     except ray.exceptions.RayError as error:
         raise RunFailed(
             f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
         ) from error
     mail.shutdown(force=True)
-    return output / "best"
+    return files.uri("best")
 
 
-def _absolute(name: str) -> str:
-    """Return a path as one that holds in the workers' own folders; other names as they are."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+class RunFiles:
+    """The files of a training's output, on local disk or S3. Writes are atomic."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.root = config.output
+        self.storage = storage_for(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
+
+    def uri(self, name: str) -> str:
+        """Return the URI of a file or folder of the output."""
+        return join(self.root, *name.split("/"))
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, None where there is none."""
+        return self.storage.read(self.uri(name)) if self.storage.stat(self.uri(name)) else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file. Raises StorageError."""
+        self.storage.write(self.uri(name), data)
+
+    def write_folder(self, name: str, folder: Path) -> None:
+        """Write the files of a local folder, those that end with `.json` last."""
+        for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
+            self.write(f"{name}/{path.name}", path.read_bytes())
 
 
-def _ray_trainer(config: TrainConfig, preset: Preset, mail: Queue) -> TensorflowTrainer:
+# --- the driver ---------------------------------------------------------------------------------
+
+
+def _ray_trainer(plan: Plan, mail: Queue) -> TensorflowTrainer:
+    config = plan.config
     # Under load a group start took 52 s against the default limit of 60.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    path, filesystem = _ray_storage(config)
+    gpus = config.gpus_per_worker
     return TensorflowTrainer(
         _train_worker,
-        train_loop_config={"config": asdict(config), "preset": preset, "mail": mail},
+        train_loop_config={
+            "config": asdict(config),
+            "preset": plan.preset,
+            "data": ray.put(plan.data),
+            "mail": mail,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": 0.5, "GPU": config.gpus_per_worker}
-            if config.gpus_per_worker > 0
-            else {"CPU": 0.5},
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": gpus} if gpus > 0 else {})},
+            placement_strategy="SPREAD",
         ),
         run_config=ray.train.RunConfig(
             name="run",
-            storage_path=str(Path(config.output) / "ray"),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
+    )
+
+
+def _ray_storage(config: TrainConfig) -> tuple[str, Any]:
+    """Return where Ray keeps its checkpoints. The file system holds no credential."""
+    path = join(config.output, "ray")
+    if not path.startswith("s3://"):
+        return path, None
+    import pyarrow.fs
+
+    # Several S3-compatible servers refuse chunked trailers with status 411.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    endpoint = config.s3_endpoint or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return path.removeprefix("s3://"), pyarrow.fs.S3FileSystem(
+        endpoint_override=endpoint, region=region, allow_bucket_creation=False
     )
 
 
@@ -138,10 +196,100 @@ def _root_cause(error: BaseException) -> str:
     return str(first).strip().splitlines()[-1] if str(first).strip() else repr(first)
 
 
+# --- the stream of crops ------------------------------------------------------------------------
+
+
+class _MakeBatches:
+    """Rows of steps -> rows with that step's crops of one worker. Keeps the images it has read."""
+
+    def __init__(
+        self, pictures: Any, config: TrainConfig, preset: Preset, stage: Stage, places: range
+    ) -> None:
+        self.sampler = Sampler.make(ray.get(pictures), config, preset)
+        self.stage, self.places = stage, places
+
+    def __call__(self, table: dict[str, Array]) -> dict[str, Array]:
+        """Return `noisy` and `clean` (steps, share, crop, crop, C), or the error's sentence."""
+        crop, size = self.stage.crop, self.stage.batch
+        pairs = [
+            self.sampler.batch(step=int(step), crop=crop, places=self.places, size=size)
+            for step in table["step"]
+        ]
+        noisy, clean = zip(*pairs, strict=True)
+        return {"noisy": np.stack(noisy), "clean": np.stack(clean)}
+
+
+class RayStream:
+    """A `training.Source`: Ray Data makes the batches of one worker in a process of its own."""
+
+    def __init__(
+        self, pictures: list[Picture], config: TrainConfig, preset: Preset, *, rank: int
+    ) -> None:
+        self.pictures = ray.put(pictures)
+        self.config, self.preset, self.rank = config, preset, rank
+
+    def __call__(self, stage: Stage, *, step: int) -> Iterator[tuple[Array, Array]]:
+        """Yield batches from `step` on."""
+        while True:
+            yield from self._stream(stage, first=step, last=self._last(step))
+            step = self._last(step)
+
+    def _last(self, step: int) -> int:
+        end = self.config.steps if self.config.steps is not None else step + STREAM_STEPS
+        return max(step + 1, min(end, step + STREAM_STEPS))
+
+    def _stream(self, stage: Stage, *, first: int, last: int) -> Iterator[tuple[Array, Array]]:
+        places = places_of(stage, rank=self.rank, workers=self.config.workers)
+        size = len(places) * stage.crop**2 * self.preset.channels * 4 * 2
+        together = max(1, min(64, BLOCK_BYTES // size))
+        quiet_data()
+        # From items, not from a range: reading tasks would want CPUs of which there may be none.
+        dataset = ray.data.from_items(
+            [{"step": step} for step in range(first, last)],
+            override_num_blocks=max(1, -(-(last - first) // together)),
+        ).map_batches(
+            _MakeBatches,
+            fn_constructor_args=(self.pictures, self.config, self.preset, stage, places),
+            batch_format="numpy",
+            batch_size=together,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=STREAM_CPUS,
+        )
+        for table in dataset.iter_batches(
+            batch_size=together, batch_format="numpy", prefetch_batches=2
+        ):
+            yield from zip(table["noisy"], table["clean"], strict=True)
+
+
+def quiet_data() -> None:
+    """Make Ray Data keep the order, print nothing and finish what it began."""
+    import logging
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+
+
+# --- a worker -----------------------------------------------------------------------------------
+
+
 def _train_worker(arguments: dict[str, Any]) -> None:
     config = TrainConfig(**arguments["config"])
+    data = ray.get(arguments["data"])
     try:
-        _train(config, arguments["preset"], arguments["mail"])
+        try:
+            _train(config, arguments["preset"], data, arguments["mail"])
+        except OSError as error:
+            raise _disk_error(error) from error
+        except StorageError as error:
+            raise RunFailed(f"{error} The last checkpoint is good: go on with --resume.") from error
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, DenoiseError) else None
+            if cause is None:
+                raise
+            raise cause from error
     except DenoiseError as error:
         arguments["mail"].put(error)
         # Alone, a worker ends here: the next attempt would fail alike. Others would wait for it at
@@ -150,103 +298,175 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             raise
 
 
-def _train(config: TrainConfig, preset: Preset, mail: Queue) -> None:
+def _disk_error(error: OSError) -> RunFailed:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "no space left" if full else error.strerror or str(error)
+    return RunFailed(
+        f"{error.filename or 'the output'}: {what}. The last checkpoint is good: make room and go "
+        "on with --resume."
+    )
+
+
+def _train(config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue) -> None:
     from denoise_core.devices import choose_precision, configure_tensorflow
-    from denoise_core.training import Trainer
 
     tf = configure_tensorflow(threads=config.threads, use_gpu=config.gpus_per_worker > 0)
-    images = CleanImages.load(
-        find_images(config.data), validation=config.validation, seed=config.seed
-    )
+    rank = ray.train.get_context().get_world_rank()
     precision = choose_precision(config.precision, tf)
+    ray_stream = RayStream(data.training, config, preset, rank=rank)
     trainer = Trainer(
         config,
         preset,
-        images,
-        rank=ray.train.get_context().get_world_rank(),
+        data,
+        rank=rank,
         precision=precision,
         initial=load_checkpoint(config.init).weights() if config.init else None,
+        source=ray_stream if config.input == "ray" else None,
     )
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
             trainer.load_state(Path(folder))
-    if trainer.rank == 0:
-        _forget_later(Path(config.output) / HISTORY, step=trainer.progress.step)
-    trainer.run(lambda metrics, save: _report(trainer, metrics, precision=precision, mail=mail))
+    reporter = Reporter(trainer, data, precision=precision, mail=mail)
+    trainer.run(
+        lambda metrics, save: reporter.report(metrics), tick=reporter.tick if rank == 0 else None
+    )
 
 
-def _report(trainer: Any, metrics: dict[str, float], *, precision: str, mail: Queue) -> None:
-    progress = trainer.progress
-    row = {
-        "step": progress.step,
-        "pixels": progress.pixels,
-        "seconds": round(progress.seconds, 1),
-        "fraction": progress.fraction(trainer.config),
-        **metrics,
-    }
-    if trainer.rank != 0:
-        ray.train.report(row)
-        return
-    output = Path(trainer.config.output).absolute()
-    if metrics["psnr"] > progress.best_psnr:
-        progress.best_psnr = metrics["psnr"]
-        save_checkpoint(output / "best", trainer.ema, _card(trainer, row, precision=precision))
-    _append_history(output / HISTORY, row)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.save_state(Path(folder))
-        ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    mail.put(row)
+class Reporter:
+    """What a worker does with a report: all ranks tell Ray, rank 0 writes and tells the driver."""
+
+    def __init__(
+        self, trainer: Trainer, data: TrainingData, *, precision: str, mail: Queue
+    ) -> None:
+        self.trainer, self.data, self.precision, self.mail = trainer, data, precision, mail
+        self.files = RunFiles(trainer.config)
+        self.rows: list[dict[str, float]] = []
+        self.validations = 0
+        self.logs: Path | None = None
+        if trainer.rank == 0:
+            self.rows = known_rows(self.files.read(HISTORY), step=trainer.progress.step)
+            self._open_logs()
+
+    def _open_logs(self) -> None:
+        from tensorboardX import SummaryWriter
+
+        local = not self.trainer.config.output.startswith("s3://")
+        folder = self.files.uri("tensorboard") if local else tempfile.mkdtemp(prefix="denoise-")
+        self.logs = None if local else Path(folder)
+        self.writer = SummaryWriter(folder, flush_secs=10)
+
+    def tick(self, loss: float) -> None:
+        """Tell the driver how far the training is."""
+        self.mail.put({**self._row(), "loss": loss, "tick": True})
+
+    def _row(self) -> dict[str, Any]:
+        progress = self.trainer.progress
+        return {
+            "step": progress.step,
+            "pixels": progress.pixels,
+            "seconds": round(progress.seconds, 1),
+            "fraction": progress.fraction(self.trainer.config),
+        }
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Take in a report of the trainer; the state becomes a checkpoint of Ray's."""
+        row = {**self._row(), **metrics}
+        if self.trainer.rank != 0:
+            ray.train.report(row)
+            return
+        if "val_loss" in metrics:
+            self._validated(row)
+        self.rows.append(row)
+        self.files.write(HISTORY, history_bytes(self.rows))
+        self._log(row)
+        folder = tempfile.mkdtemp(prefix="denoise-")
+        try:
+            self.trainer.save_state(Path(folder))
+            ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.mail.put(row)
+
+    def _validated(self, row: dict[str, Any]) -> None:
+        config, done = self.trainer.config, row["fraction"] >= 1.0
+        if row["best"]:
+            with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
+                save_checkpoint(Path(folder), self.trainer.ema, self._card(row))
+                self.files.write_folder("best", Path(folder))
+        from denoise_core.curves import draw_curves, draw_samples
+
+        title = f"{config.preset}, step {row['step']}"
+        curves = draw_curves([*self.rows, row], title=title)
+        self.files.write("curves.png", curves)
+        if done or self.validations % SAMPLES_EVERY == 0:
+            pairs = self.trainer.held_out[:SAMPLES]
+            samples = draw_samples(list(self.trainer.outputs(pairs)), title=title)
+            self.files.write(f"samples/step-{row['step']:07d}.png", samples)
+        self.validations += 1
+
+    def _log(self, row: dict[str, Any]) -> None:
+        for name in ("loss", "val_loss", "psnr", "rate"):
+            if math.isfinite(row.get(name, math.nan)):
+                self.writer.add_scalar(name, row[name], row["step"])
+        self.writer.flush()
+        if self.logs is not None:
+            self.files.write_folder("tensorboard", self.logs)
+
+    def _card(self, row: dict[str, Any]) -> dict[str, Any]:
+        config, preset = self.trainer.config, self.trainer.preset
+        module = architecture(preset.architecture)
+        psnr = row["psnr"]
+        return {
+            "name": config.preset,
+            "architecture": preset.architecture,
+            "arguments": preset.arguments,
+            "parameters": int(self.trainer.model.count_params()),
+            "mflop_per_pixel": round(module.mflop_per_pixel(**preset.arguments), 4),
+            "total_stride": module.total_stride(**preset.arguments),
+            "input_size": input_size(preset.architecture, **preset.arguments),
+            "default_halo": preset.default_halo,
+            "exact_halo": module.exact_halo(**preset.arguments),
+            "data_range": [0.0, 1.0],
+            "noise": preset.noise if config.mode == "clean" else config.mode,
+            "training": {
+                "data": [Path(folder).name for folder in config.data],
+                "images": self.data.files,
+                "validation_images": len(self.data.validation),
+                "loss": preset.loss,
+                "grey_share": preset.grey if config.grey is None else config.grey,
+                "steps": row["step"],
+                "pixels": row["pixels"],
+                "hours": round(row["seconds"] / 3600.0, 3),
+                "precision": self.precision,
+                "workers": config.workers,
+                "seed": config.seed,
+                "init": config.init,
+            },
+            "figures": {
+                "validation_loss": float(f"{row['val_loss']:.6g}"),
+                "validation_noise": preset.validation_noise or preset.noise,
+                "validation_psnr": None if math.isnan(psnr) else round(psnr, 3),
+            },
+        }
 
 
-def _forget_later(path: Path, *, step: int) -> None:
-    """Drop the rows of steps after `step`, which a killed run had done beyond its checkpoint."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, HISTORY_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+def known_rows(history: bytes | None, *, step: int) -> list[dict[str, float]]:
+    """Return the rows up to `step`; a killed run may have done more than its checkpoint holds."""
+    if history is None:
+        return []
+    rows = csv.DictReader(io.StringIO(history.decode()))
+    numbers = [{k: float(v) if v else math.nan for k, v in row.items()} for row in rows]
+    kept = [row for row in numbers if row["step"] <= step]
+    return [{**row, "step": int(row["step"]), "pixels": int(row["pixels"])} for row in kept]
 
 
-def _append_history(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, HISTORY_COLUMNS, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _card(trainer: Any, row: dict[str, Any], *, precision: str) -> dict[str, Any]:
-    config, preset = trainer.config, trainer.preset
-    module = architecture(preset.architecture)
-    return {
-        "name": config.preset,
-        "architecture": preset.architecture,
-        "arguments": preset.arguments,
-        "parameters": int(trainer.model.count_params()),
-        "mflop_per_pixel": round(module.mflop_per_pixel(**preset.arguments), 4),
-        "total_stride": module.total_stride(**preset.arguments),
-        "default_halo": preset.default_halo,
-        "exact_halo": module.exact_halo(**preset.arguments),
-        "data_range": [0.0, 1.0],
-        "noise": config.noise,
-        "training": {
-            "data": [Path(folder).name for folder in config.data],
-            "images": len(trainer.images.training),
-            "validation_images": len(trainer.images.validation),
-            "grey_share": config.grey,
-            "steps": row["step"],
-            "pixels": row["pixels"],
-            "hours": round(row["seconds"] / 3600.0, 3),
-            "precision": precision,
-            "seed": config.seed,
-            "init": config.init,
-        },
-        "figures": {"validation_psnr_sigma25": round(row["psnr"], 3)},
-    }
+def history_bytes(rows: list[dict[str, float]]) -> bytes:
+    """Return rows as CSV with HISTORY_COLUMNS; what is not known is empty."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(HISTORY_COLUMNS)
+    for row in rows:
+        values = [row.get(name, math.nan) for name in HISTORY_COLUMNS]
+        writer.writerow(["" if math.isnan(v) else f"{v:.10g}" for v in values])
+    return buffer.getvalue().encode()

@@ -1,0 +1,54 @@
+"""Pairs of files by their names: `*_real.JPG` is noisy, `*_mean.JPG` its clean partner.
+
+noisy = matched(entries, "*_real.JPG", flag="noisy")
+clean = matched(entries, "*_mean.JPG", flag="clean")
+refuse_unpaired(noisy, clean)
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable
+
+from denoise_core.errors import UsageError
+from denoise_core.storage import Entry
+
+NAMED = 5
+"""So many files an error names one by one."""
+
+
+def matched(entries: Iterable[Entry], pattern: str, *, flag: str) -> dict[str, Entry]:
+    """Return what '*' stands for -> entry, of the entries whose relative path fits the pattern.
+
+    A pattern without a folder fits the file's name in any folder. Raises UsageError where two files
+    stand for the same, or none fits.
+    """
+    before, _, after = pattern.partition("*")
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        folder, name = ("", entry.path) if "/" in before else posixpath.split(entry.path)
+        fits = name.startswith(before) and name.endswith(after)
+        if not fits or len(name) < len(before) + len(after):
+            continue
+        key = posixpath.join(folder, name[len(before) : len(name) - len(after)])
+        if key in found:
+            raise UsageError(
+                f"--{flag} {pattern!r}: {found[key].uri} and {entry.uri} both stand for {key!r}; "
+                "give the folders one by one."
+            )
+        found[key] = entry
+    if not found:
+        raise UsageError(f"--{flag} {pattern!r}: no image in DATA has such a path.")
+    return found
+
+
+def refuse_unpaired(noisy: dict[str, Entry], clean: dict[str, Entry]) -> None:
+    """Raise UsageError, naming the first of them, where an image has no partner."""
+    alone = [f"{noisy[key].path} (no clean one)" for key in sorted(noisy.keys() - clean.keys())]
+    alone += [f"{clean[key].path} (no noisy one)" for key in sorted(clean.keys() - noisy.keys())]
+    if alone:
+        rest = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
+        raise UsageError(
+            f"{len(alone)} file(s) without a partner: {', '.join(alone[:NAMED])}{rest}. Add the "
+            "partners, or change the names that are looked for."
+        )
