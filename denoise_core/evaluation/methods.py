@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from denoise_core.checkpoints import Checkpoint, load_checkpoint
 from denoise_core.config import nearest
+from denoise_core.denoiser import DEFAULT_PATCH, Denoiser, Geometry, resolve_geometry
 from denoise_core.errors import UsageError
+from denoise_core.keras_files import is_keras_file
 from denoise_core.models.classical import CLASSICAL
 
 Array = npt.NDArray[Any]
@@ -41,6 +43,8 @@ class ModelSource:
     label: str
     path: str
     hash: str
+    model_range: str
+    geometry: Geometry
 
 
 def split_names(words: Sequence[str]) -> list[str]:
@@ -66,13 +70,20 @@ def choose_filters(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [IDENTITY, *chosen], absent
 
 
-def label_models(paths: Sequence[str]) -> list[ModelSource]:
+def find_model(path: str, *, model_range: str, measure: bool = True) -> Checkpoint:
+    """Load a checkpoint; `model_range` and `measure` are of Keras files alone."""
+    return load_checkpoint(
+        path, model_range=model_range if is_keras_file(path) else "auto", measure=measure
+    )
+
+
+def label_models(paths: Sequence[str], *, model_range: str = "auto") -> list[ModelSource]:
     """Return the models with labels that differ: their names, or else their paths.
 
     Raises UsageError for an unknown model or one that is given twice, CheckpointError for a damaged
     one.
     """
-    found = [(path, load_checkpoint(path)) for path in paths]
+    found = [(path, find_model(path, model_range=model_range)) for path in paths]
     names = [checkpoint.name for _, checkpoint in found]
     models = [
         ModelSource(
@@ -81,6 +92,8 @@ def label_models(paths: Sequence[str]) -> list[ModelSource]:
             else checkpoint.name,
             path,
             checkpoint.hash,
+            model_range,
+            resolve_geometry(checkpoint.card, patch=DEFAULT_PATCH, halo="auto"),
         )
         for path, checkpoint in found
     ]
@@ -100,13 +113,11 @@ class Model:
     """A loaded model, and its encoder where it has a layer named `latent`."""
 
     def __init__(self, source: ModelSource, *, precision: str) -> None:
-        from denoise_core.denoiser import Denoiser
-
-        checkpoint = load_checkpoint(source.path)
+        checkpoint = find_model(source.path, model_range=source.model_range, measure=False)
         self.source = source
-        self.denoiser = Denoiser(checkpoint, precision=precision)
+        self.denoiser = Denoiser(checkpoint, geometry=source.geometry, precision=precision)
         self.denoiser.warm_up()
-        self.coder = Coder.of(checkpoint)
+        self.coder = Coder.of(checkpoint, stride=source.geometry.stride)
 
     def denoise(self, noisy: Sequence[Array]) -> list[Array]:
         """Denoise images; the results are float32, neither clipped nor rounded."""
@@ -116,15 +127,17 @@ class Model:
 class Coder:
     """The part of a model up to its layer `latent`: images to vectors."""
 
-    def __init__(self, encoder: Any, card: dict[str, Any]) -> None:
+    def __init__(self, encoder: Any, card: dict[str, Any], *, stride: int) -> None:
         self.encoder = encoder
         self.channels = int(card["arguments"].get("channels", 3))
-        self.stride = int(card["total_stride"])
+        self.stride = stride
+        low, high = card.get("data_range") or (0.0, 1.0)
+        self.low, self.high = float(low), float(high)
         size = card.get("input_size")
         self.size = (int(size[0]), int(size[1])) if size else None
 
     @staticmethod
-    def of(checkpoint: Checkpoint) -> Coder | None:
+    def of(checkpoint: Checkpoint, *, stride: int) -> Coder | None:
         """Build it; None for a model without such a layer."""
         import keras
 
@@ -132,7 +145,7 @@ class Coder:
         if LATENT not in {layer.name for layer in model.layers}:
             return None
         encoder = keras.Model(model.inputs, model.get_layer(LATENT).output)
-        return Coder(encoder, checkpoint.card)
+        return Coder(encoder, checkpoint.card, stride=stride)
 
     def code(self, noisy: Array) -> Array:
         """Return float32 (D,): the code of the centre of (H, W, C); feature maps are averaged.
@@ -142,7 +155,8 @@ class Coder:
         window = fit(noisy, self._side(noisy.shape[0], 0), self._side(noisy.shape[1], 1))
         if window.shape[2] != self.channels:
             window = np.repeat(window.mean(axis=2, keepdims=True), self.channels, axis=2)
-        latent = np.asarray(self.encoder(window[None].astype(np.float32), training=False))[0]
+        values = (window * (self.high - self.low) + self.low).astype(np.float32)
+        latent = np.asarray(self.encoder(values[None], training=False))[0]
         flat = latent.reshape(-1, latent.shape[-1])
         return flat.mean(axis=0).astype(np.float32)
 

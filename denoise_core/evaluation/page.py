@@ -63,7 +63,7 @@ def render(
         methods=data.methods,
         rows=_rows(data),
         total_rows=len(data.images) * len(data.noises),
-        failures=list(failures[:SHOWN_FAILURES]),
+        failures=[{"method": None, **row} for row in failures[:SHOWN_FAILURES]],
         failed=len(failures),
         settings=[(key, _setting(value)) for key, value in summary["settings"].items()],
         identity=IDENTITY,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from denoise_core import metrics
 from denoise_core.images import to_dtype
 from denoise_core.noise import parse_noise
+from denoise_core.patches import is_wide
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +79,8 @@ class Scale:
 
     def back(self, values: Array) -> Array:
         """Return values in [0, 1] as the image's own: clipped, and rounded for integers."""
-        clipped = np.clip(values.astype(np.float64), 0, 1) * self.span + self.low
+        work = np.float64 if is_wide(np.dtype(self.dtype)) else np.float32
+        clipped = np.clip(values.astype(work), 0, 1) * work(self.span) + work(self.low)
         return to_dtype(clipped, self.dtype, self.low, self.high)
 
 
