@@ -26,6 +26,7 @@ from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
+from denoise_core.space import with_arguments
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.training_data import (
     Sampler,
@@ -105,6 +106,7 @@ def adapt(config: TrainConfig, preset: Preset) -> Preset:
         changes |= {"noise": " | ".join(config.noise), "validation_noise": None}
     if config.optimizer == "adadelta" and config.learning_rate is None:
         changes["learning_rate"] = ADADELTA_RATE
+    preset = with_arguments(preset, config.arguments)
     return replace(preset, **changes, stages=stages_of(config, preset))
 
 

@@ -18,7 +18,7 @@ CORE = ROOT / "denoise_core"
 FLOORS = [
     {"errors", "config"},
     {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"}
-    | {"idx"},
+    | {"idx", "space", "trials"},
     {"checkpoints", "keras_files", "worklist", "results", "lock"},
     {"denoiser", "training_data", "training", "assemble", "report", "samples", "evaluation"},
     {"benchmarks", "pipelines"},

@@ -1,0 +1,275 @@
+"""What a search tries: a TOML file of ranges and lists -> the settings of each trial.
+
+    learning_rate = {log = [1e-4, 3e-3]}
+    loss = ["l1", "mse"]
+    width = {uniform = [0.5, 1.5]}
+
+    space = read_space(text, source="space.toml", preset=preset("unet-s"))
+    for settings in space.trials(16, seed=0): preset, config = applied(settings, preset, config)
+
+A key is a setting of `jobs.train` (TRAINING), an argument of the preset's architecture such as
+`widths`, or one of three about the architecture: `width` multiplies all widths, `depth` is the
+number of levels, `arguments` is a list of tables of arguments that belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from denoise_core.config import TrainConfig, nearest, require
+from denoise_core.errors import UsageError
+from denoise_core.models import architecture
+from denoise_core.presets import Preset
+
+TRAINING = (
+    "learning_rate",
+    "noise",
+    "grey",
+    "augment",
+    "crop",
+    "batch",
+    "loss",
+    "optimizer",
+    "weight_decay",
+    "schedule",
+    "warmup_steps",
+    "ema",
+    "clip_norm",
+)
+"""The settings of `jobs.train` that may be searched."""
+
+SHAPE = ("width", "depth", "arguments")
+# What the data decide, not a search.
+FIXED = ("channels", "size")
+FORM = (
+    "a list of values, {log = [LOW, HIGH]}, {uniform = [LOW, HIGH]} or {whole = [LOW, HIGH]}, "
+    "for example {log = [1e-4, 3e-3]}"
+)
+# Narrower networks than this have nothing left to learn with.
+LEAST_WIDTH = 4
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """One of the values, all as likely."""
+
+    values: tuple[Any, ...]
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """Draw a value."""
+        return self.values[int(rng.integers(len(self.values)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A number from `low` to `high`: `kind` 'uniform', 'log' (of its logarithm) or 'whole'."""
+
+    low: float
+    high: float
+    kind: str
+
+    def draw(self, rng: np.random.Generator) -> float | int:
+        """Draw a number, rounded to four digits so that it can be read and typed."""
+        if self.kind == "whole":
+            return int(rng.integers(int(self.low), int(self.high) + 1))
+        if self.kind == "log":
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = float(rng.uniform(self.low, self.high))
+        return float(f"{value:.4g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What is searched, by key."""
+
+    dimensions: dict[str, Choices | Range]
+
+    def trials(self, count: int, *, seed: int) -> list[Settings]:
+        """Return the settings of up to `count` trials, no two alike; fewer where there are no more.
+
+        The first is empty: the preset as it is, which the others have to beat.
+        """
+        rng = np.random.default_rng(seed)
+        found: dict[str, Settings] = {"{}": {}}
+        for _ in range(100 * count):
+            if len(found) == count:
+                break
+            settings = {key: part.draw(rng) for key, part in self.dimensions.items()}
+            found.setdefault(json.dumps(settings), settings)
+        return list(found.values())
+
+
+def read_space(text: str, *, source: str, preset: Preset) -> Space:
+    """Read a space file. Raises UsageError, naming the nearest key."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--space {source}: is not valid TOML ({error}).") from error
+    known = [*TRAINING, *SHAPE, *(key for key in preset.arguments if key not in FIXED)]
+    for key in table:
+        require(
+            key in known,
+            f"--space {source}: {key!r} cannot be searched."
+            + (nearest(key, known) or f" Expected some of {', '.join(known)}."),
+        )
+    require(bool(table), f"--space {source}: is empty; expected lines such as loss = ['l1', 'mse']")
+    return Space({key: _dimension(value, f"{source}: {key}") for key, value in table.items()})
+
+
+def _dimension(value: Any, name: str) -> Choices | Range:
+    if isinstance(value, list) and value:
+        return Choices(tuple(value))
+    form = f"--space {name} = {json.dumps(value)}: expected {FORM}."
+    require(isinstance(value, dict) and len(value) == 1, form)
+    ((kind, ends),) = value.items()
+    require(kind in ("log", "uniform", "whole"), form)
+    number = (int,) if kind == "whole" else (int, float)
+    require(
+        isinstance(ends, list)
+        and len(ends) == 2
+        and all(isinstance(end, number) and not isinstance(end, bool) for end in ends),
+        form,
+    )
+    low, high = ends
+    require(
+        -math.inf < low < high < math.inf and (kind != "log" or low > 0),
+        f"--space {name}: expected LOW below HIGH{', both above 0' if kind == 'log' else ''}, "
+        f"got {low} and {high}.",
+    )
+    return Range(low, high, kind)
+
+
+def applied(settings: Settings, preset: Preset, config: TrainConfig) -> tuple[Preset, TrainConfig]:
+    """Return preset and config of a trial. Raises UsageError for settings that do not fit."""
+    training = {key: value for key, value in settings.items() if key in TRAINING}
+    if "noise" in training:
+        noise = training["noise"]
+        training["noise"] = (noise,) if isinstance(noise, str) else tuple(noise)
+    arguments = shaped(preset.arguments, {k: v for k, v in settings.items() if k not in TRAINING})
+    return reshaped(preset, arguments), replace(config, **training)
+
+
+def with_arguments(preset: Preset, texts: Sequence[str]) -> Preset:
+    """Return a preset with arguments of its architecture changed, such as `widths=[24,48,96]`.
+
+    Raises UsageError.
+    """
+    if not texts:
+        return preset
+    changes = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        known = [name for name in preset.arguments if name not in FIXED]
+        require(
+            key in known,
+            f"--arguments {text!r}: {preset.architecture} has no argument {key!r} to change."
+            + (nearest(key, known) or f" Expected some of {', '.join(known)}."),
+        )
+        changes[key] = _argument(value, text)
+    return reshaped(preset, shaped(preset.arguments, changes))
+
+
+def _argument(value: str, text: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UsageError(
+            f"--arguments {text!r}: expected KEY=VALUE with a number, a list in brackets, true, "
+            'false or a word in double quotes, for example widths=[24,48,96] or up="upsample".'
+        ) from error
+
+
+def reshaped(preset: Preset, arguments: dict[str, Any]) -> Preset:
+    """Return a preset with other arguments, its default halo in proportion to the exact one.
+
+    Raises UsageError for arguments that the architecture cannot be built with.
+    """
+    _check_arguments(preset.architecture, arguments)
+    module = architecture(preset.architecture)
+    before, now = (int(module.exact_halo(**a)) for a in (preset.arguments, arguments))
+    halo = preset.default_halo
+    if before not in (0, now):
+        stride = int(module.total_stride(**arguments))
+        halo = -(-halo * now // (before * stride)) * stride
+    return replace(preset, arguments=arguments, default_halo=halo)
+
+
+def shaped(arguments: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return an architecture's arguments changed by `arguments`, its own keys, depth and width."""
+    own = {key: value for key, value in settings.items() if key not in SHAPE}
+    result = {**arguments, **settings.get("arguments", {}), **own}
+    for key, value in result.items():
+        result[key] = tuple(value) if isinstance(value, list) else value
+    if "depth" in settings:
+        result |= _with_depth(result, int(settings["depth"]))
+    if "width" in settings:
+        factor = float(settings["width"])
+        result["widths"] = tuple(_even(factor * width) for width in result["widths"])
+    return result
+
+
+def _even(width: float) -> int:
+    """Round to a multiple of 4, as vector instructions like."""
+    return max(LEAST_WIDTH, round(width / 4) * 4)
+
+
+def _with_depth(arguments: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Return widths (and blocks) of `depth` levels: the upper ones, each deeper one twice as wide.
+
+    The deepest level keeps its number of blocks, the levels above it have those of their place.
+    """
+    widths = list(arguments["widths"])[:depth]
+    while len(widths) < depth:
+        widths.append(2 * widths[-1])
+    if "blocks" not in arguments:
+        return {"widths": tuple(widths)}
+    *upper, deepest = arguments["blocks"]
+    upper = [*upper, *[1] * depth][: depth - 1]
+    return {"widths": tuple(widths), "blocks": (*upper, deepest)}
+
+
+def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Raise UsageError where the architecture cannot be built with its arguments."""
+    text = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    require(
+        len(arguments.get("widths", (1,))) >= 1,
+        f"an architecture needs a level at least, got {text}: raise depth.",
+    )
+    try:
+        architecture(name).mflop_per_pixel(**arguments)
+        architecture(name).exact_halo(**arguments)
+    except (ValueError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"{name} cannot be built with {text} ({error}). Lists that belong together, such as "
+            "widths and blocks, need one length: put them into tables of `arguments`."
+        ) from error
+
+
+def train_toml(settings: Settings, *, preset: Preset, name: str, notes: str) -> str:
+    """Return a configuration file for `jobs.train --config` with a trial's settings.
+
+    `notes` are lines for its head; the architecture's arguments stand there as they turned out.
+    """
+    own = [f"preset = {json.dumps(name)}"]
+    own += [f"{key} = {_toml(settings[key])}" for key in TRAINING if key in settings]
+    shape = {key: value for key, value in settings.items() if key not in TRAINING}
+    arguments = shaped(preset.arguments, shape)
+    changed = {k: v for k, v in arguments.items() if v != preset.arguments.get(k)}
+    if changed:
+        own.append(f"arguments = {_toml([f'{k}={json.dumps(v)}' for k, v in changed.items()])}")
+    return "".join(f"# {line}\n" for line in notes.splitlines()) + "\n" + "\n".join(own) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Text, numbers and lists of them are written alike in TOML and JSON."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,509 @@
+"""`python -m jobs.tune`: spaces, tables and plots; a search on a real Ray, killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from denoise_core.config import TrainConfig, TuneConfig
+from denoise_core.errors import UsageError
+from denoise_core.presets import PRESETS, Preset, Stage
+from denoise_core.space import (
+    Choices,
+    Range,
+    Space,
+    applied,
+    read_space,
+    shaped,
+    train_toml,
+    with_arguments,
+)
+from denoise_core.training import adapt
+from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, ranked
+
+ROOT = Path(__file__).parents[1]
+UNET = PRESETS["unet-s"]
+TINY = Preset(
+    "unet",
+    {"widths": (4, 8), "blocks": (1, 1), "channels": 3},
+    default_halo=8,
+    learning_rate=1e-2,
+    stages=(Stage(0.0, 16, 4),),
+    warmup_steps=4,
+    ema=0.9,
+)
+# The job in a process of its own, with the tiny preset among the others.
+DRIVER = f"""
+from denoise_core.presets import PRESETS, Plateau, Preset, Stage
+PRESETS["tiny"] = {TINY!r}
+from jobs.tune import main
+main()
+"""
+SPACE = "learning_rate = {log = [1e-3, 3e-2]}\nloss = ['l1', 'mse']\n"
+TRIALS, STEPS = 3, 160
+
+
+def train(**settings) -> TrainConfig:
+    return TrainConfig(**{"data": ("in",), "output": "out", "steps": 10, **settings})
+
+
+def space(text: str, preset: Preset = UNET) -> Space:
+    return read_space(text, source="space.toml", preset=preset)
+
+
+# --- spaces -------------------------------------------------------------------------------------
+
+
+def test_a_space_is_read_from_toml():
+    found = space(
+        """
+        learning_rate = {log = [1e-4, 3e-3]}
+        ema = {uniform = [0.9, 0.999]}
+        batch = {whole = [4, 16]}
+        loss = ["l1", "mse"]
+        widths = [[16, 32, 64, 128], [24, 48, 96, 192]]
+        """
+    )
+    assert found.dimensions == {
+        "learning_rate": Range(1e-4, 3e-3, "log"),
+        "ema": Range(0.9, 0.999, "uniform"),
+        "batch": Range(4, 16, "whole"),
+        "loss": Choices(("l1", "mse")),
+        "widths": Choices(([16, 32, 64, 128], [24, 48, 96, 192])),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "learning_rat = [1e-3]",
+            "'learning_rat' cannot be searched. Did you mean 'learning_rate'",
+        ),
+        ("width_s = [[8]]", "Did you mean 'width"),
+        ("qqqqqqqq = [1]", "Expected some of learning_rate, noise"),
+        ("channels = [1, 3]", "'channels' cannot be searched"),
+        ("loss = 'l1'", 'space.toml: loss = "l1": expected a list of values, {log = '),
+        ("loss = []", "expected a list of values"),
+        ("ema = {log = [1, 2], uniform = [1, 2]}", "expected a list of values"),
+        ("ema = {linear = [1, 2]}", "expected a list of values"),
+        ("ema = {uniform = [1]}", "expected a list of values"),
+        ("ema = {uniform = ['a', 'b']}", "expected a list of values"),
+        ("batch = {whole = [1.5, 2]}", "expected a list of values"),
+        ("ema = {uniform = [2, 1]}", "expected LOW below HIGH, got 2 and 1"),
+        ("learning_rate = {log = [0, 1]}", "LOW below HIGH, both above 0, got 0 and 1"),
+        ("ema = {uniform = [0, nan]}", "expected LOW below HIGH"),
+        ("loss = [", "is not valid TOML"),
+        ("", "is empty"),
+    ],
+)
+def test_what_is_no_space_gets_a_sentence(text, sentence):
+    with pytest.raises(UsageError) as caught:
+        space(text)
+    assert str(caught.value).startswith("--space space.toml: ")
+    assert sentence in str(caught.value)
+
+
+def test_the_example_space_can_be_read_and_tried():
+    text = (ROOT / "jobs" / "configs" / "tune.toml").read_text()
+    for settings in space(text).trials(30, seed=1):
+        applied(settings, UNET, train())
+    # What is commented out works too: lines of TOML, no prose.
+    toml = re.findall(r"^# (\w+ = \[.*|    {.*|\])$", text, re.MULTILINE)
+    for settings in space("\n".join(toml)).trials(8, seed=1):
+        applied(settings, UNET, train())
+
+
+def test_trials_are_distinct_seeded_within_their_ranges_and_begin_with_the_preset():
+    found = space("learning_rate = {log = [1e-4, 1e-2]}\nbatch = {whole = [4, 6]}\nloss = ['l1']")
+    trials = found.trials(200, seed=3)
+    assert trials[0] == {}
+    assert trials == found.trials(200, seed=3)
+    assert trials != found.trials(200, seed=4)
+    assert len({json.dumps(t) for t in trials}) == 200
+    rates = np.log10([t["learning_rate"] for t in trials[1:]])
+    assert rates.min() >= -4
+    assert rates.max() <= -2
+    assert np.median(rates) == pytest.approx(-3, abs=0.2)
+    assert {t["batch"] for t in trials[1:]} == {4, 5, 6}
+
+
+def test_a_small_space_has_no_more_trials_than_combinations():
+    assert len(space("loss = ['l1', 'mse']\ndepth = [3, 4]").trials(50, seed=0)) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "widths", "blocks"),
+    [
+        ({"width": 0.5}, (12, 24, 48, 96), (1, 1, 1, 2)),
+        ({"width": 0.01}, (4, 4, 4, 4), (1, 1, 1, 2)),
+        ({"depth": 3}, (24, 48, 96), (1, 1, 2)),
+        ({"depth": 5}, (24, 48, 96, 192, 384), (1, 1, 1, 1, 2)),
+        ({"depth": 1}, (24,), (2,)),
+        ({"depth": 2, "width": 2}, (48, 96), (1, 2)),
+        ({"widths": [8, 8, 8, 8]}, (8, 8, 8, 8), (1, 1, 1, 2)),
+        ({"arguments": {"widths": [8, 16], "blocks": [3, 1]}}, (8, 16), (3, 1)),
+    ],
+)
+def test_width_and_depth_change_the_architecture(settings, widths, blocks):
+    preset, config = applied(settings, UNET, train())
+    assert preset.arguments == {"widths": widths, "blocks": blocks, "channels": 3}
+    assert preset.default_halo % 2 ** (len(widths) - 1) == 0
+    assert config == train()
+
+
+def test_the_halo_of_a_changed_network_keeps_its_proportion_to_the_exact_one():
+    assert applied({"width": 2}, UNET, train())[0].default_halo == UNET.default_halo
+    assert applied({"depth": 2}, UNET, train())[0].default_halo < UNET.default_halo
+    assert applied({"depth": 5}, UNET, train())[0].default_halo > UNET.default_halo
+
+
+def test_depth_of_a_network_without_blocks():
+    conv = PRESETS["photo-conv"].arguments
+    assert shaped(conv, {"depth": 4})["widths"] == (32, 64, 128, 256)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"widths": [8, 16]}, {"depth": 0}, {"blocks": [1]}, {"arguments": {"widths": []}}]
+)
+def test_arguments_that_do_not_fit_together_are_refused(settings):
+    with pytest.raises(UsageError, match=r"unet cannot be built|needs a level"):
+        applied(settings, UNET, train())
+
+
+def test_settings_of_the_training_go_into_its_config():
+    _, config = applied({"loss": "mse", "noise": ["gaussian:5", "clean"]}, UNET, train())
+    assert (config.loss, config.noise) == ("mse", ("gaussian:5", "clean"))
+    assert applied({"noise": "gaussian:5"}, UNET, train())[1].noise == ("gaussian:5",)
+    with pytest.raises(UsageError, match="--loss 'l3'"):
+        applied({"loss": "l3"}, UNET, train())
+
+
+def test_arguments_of_the_architecture_on_the_command_line():
+    assert with_arguments(UNET, ()) is UNET
+    changed = with_arguments(UNET, ["widths=[8,16]", "blocks=[1,2]"])
+    assert changed.arguments == {"widths": (8, 16), "blocks": (1, 2), "channels": 3}
+    for text, sentence in (
+        ("width=[8]", "no argument 'width' to change. Did you mean 'widths'"),
+        ("widths=8,16", "expected KEY=VALUE"),
+        ("widths", "expected KEY=VALUE"),
+        ("widths=[8,16]", "unet cannot be built"),
+        ("channels=1", "no argument 'channels'"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            with_arguments(UNET, [text])
+
+
+def test_the_best_settings_are_a_config_of_the_training_job(tmp_path, monkeypatch):
+    """Through the real command line, up to the call of the job."""
+    from jobs._cli import settings_command
+
+    settings = {"learning_rate": 0.00123, "loss": "mse", "noise": ["clean", "gaussian:9"]}
+    settings |= {"depth": 3, "width": 0.5}
+    text = train_toml(settings, preset=UNET, name="unet-s", notes="found\nby hand")
+    assert text.startswith("# found\n# by hand\n\npreset = ")
+    (tmp_path / "best.toml").write_text(text)
+    seen = []
+    command = settings_command(TrainConfig, lambda c: seen.append(c) or 0, name="t", help="")
+    arguments = ["in", "--output", "out", "--steps", "5", "--config", str(tmp_path / "best.toml")]
+    with pytest.raises(SystemExit, match="0"):
+        command.main(arguments)
+    (config,) = seen
+    assert (config.learning_rate, config.loss) == (0.00123, "mse")
+    assert config.noise == ("clean", "gaussian:9")
+    searched, _ = applied(settings, UNET, train())
+    assert adapt(config, UNET).arguments == searched.arguments
+    assert adapt(config, UNET).default_halo == searched.default_halo
+    assert adapt(config, UNET).loss == "mse"
+
+
+def test_the_preset_as_it_is_needs_no_arguments():
+    text = train_toml({}, preset=UNET, name="unet-s", notes="")
+    assert tomllib.loads(text) == {"preset": "unet-s"}
+
+
+# --- tables and plots ---------------------------------------------------------------------------
+
+
+def trial(number, psnr, *, status="done", share=1.0, **settings):
+    curve = ((share / 2, psnr - 1), (share, psnr)) if math.isfinite(psnr) else ()
+    return Trial(number, settings, status, curve, steps=round(100 * share), seconds=9.5)
+
+
+TABLE = [
+    trial(0, 20.0),
+    trial(1, 21.0, loss="l1", learning_rate=1e-3),
+    trial(2, 25.0, status="stopped", share=0.25, loss="mse", learning_rate=2e-3),
+    trial(3, 19.0, status="stopped", share=0.5, loss="mse", learning_rate=3e-2),
+    replace(trial(4, math.nan, status="failed", loss="mse", learning_rate=9.0), note="NaN, alas"),
+    trial(5, math.nan, status="waiting", loss="mse", learning_rate=4e-3),
+]
+
+
+def test_only_trials_that_ran_to_their_end_can_be_best():
+    assert [t.number for t in ranked(TABLE)] == [1, 0, 3, 2, 5, 4]
+    assert best_of(TABLE) is TABLE[1]
+    assert baseline_of(TABLE) is TABLE[0]
+    assert best_of(TABLE[2:]) is None
+    assert baseline_of(TABLE[1:]) is None
+
+
+def test_the_table_has_a_row_for_each_trial():
+    rows = list(csv.DictReader(io.StringIO(csv_bytes(TABLE).decode())))
+    assert [row["trial"] for row in rows] == ["1", "0", "3", "2", "5", "4"]
+    assert rows[0]["psnr"] == "21.000"
+    assert rows[0]["learning_rate"] == "0.001"
+    assert rows[1]["loss"] == ""
+    assert rows[2]["done"] == "0.500"
+    assert rows[5]["note"] == "NaN, alas"
+    assert rows[5]["psnr"] == ""
+
+
+@pytest.mark.parametrize("trials", [TABLE, TABLE[:1], TABLE[4:5]])
+def test_the_plot_can_be_drawn_of_any_table(trials):
+    picture = Image.open(io.BytesIO(plot_bytes(trials, title="$ title")))
+    assert picture.format == "PNG"
+    assert np.asarray(picture.convert("L")).std() > 1
+
+
+# --- halving ------------------------------------------------------------------------------------
+
+
+def report(scheduler, number, values):
+    """Feed a trial's PSNR values to the scheduler; return how many it had when it was ended."""
+    one = SimpleNamespace(trial_id=str(number), config={"trial": number}, last_result=None)
+    scheduler.on_trial_add(None, one)
+    for place, psnr in enumerate(values, 1):
+        decision = scheduler.on_trial_result(None, one, {"validations": place, "psnr": psnr})
+        if decision == "STOP":
+            return place
+    return len(values)
+
+
+def halving():
+    pytest.importorskip("ray.tune")
+    from denoise_core.pipelines.tune import Halving
+
+    scheduler = Halving()
+    scheduler.set_search_properties("psnr", "max")
+    return scheduler
+
+
+def test_trials_that_fall_behind_end_and_the_preset_as_it_is_does_not():
+    scheduler = halving()
+    assert report(scheduler, 1, [20.0] * 8) == 8
+    assert report(scheduler, 0, [1.0] * 8) == 8
+    assert report(scheduler, 2, [2.0] * 8) == 2
+    assert report(scheduler, 3, [30.0] * 3 + [5.0] * 5) == 4
+    assert report(scheduler, 4, [30.0] * 8) == 8
+
+
+def test_after_a_restart_new_trials_are_compared_with_the_old_ones():
+    scheduler = halving()
+    curve = [(place / 8, 20.0) for place in range(1, 9)]
+    old = SimpleNamespace(trial_id="1", config={"trial": 1}, last_result={"curve": curve})
+    scheduler.on_trial_add(None, old)
+    assert report(scheduler, 2, [2.0] * 8) == 2
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clean")
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        values = np.repeat(np.repeat(rng.integers(0, 256, (6, 8, 3)), 8, 0), 8, 1)
+        Image.fromarray(values.astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def config_of(source, tmp_path, text=SPACE, **settings) -> TuneConfig:
+    (tmp_path / "space.toml").write_text(text)
+    defaults = {
+        "data": (str(source),),
+        "output": str(tmp_path / "out"),
+        "space": str(tmp_path / "space.toml"),
+        "preset": "tiny",
+        "trials": TRIALS,
+        "steps": STEPS,
+    }
+    return TuneConfig(**{**defaults, **settings})
+
+
+def plan(*args, **settings):
+    from denoise_core.pipelines.tune import plan_search
+
+    return plan_search(config_of(*args, **settings))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+def test_every_trial_validates_eight_times_on_one_noise(tiny, data, tmp_path):
+    text = "noise = ['gaussian:5', 'gaussian:10+clip']\nloss = ['mse']"
+    search = plan(data, tmp_path, text, steps=100)
+    plans = [search.plan(number) for number in range(len(search.trials))]
+    assert {p.config.validate_steps for p in plans} == {13}
+    assert {p.preset.validation_noise for p in plans} == {"gaussian:0-55"}
+    assert {p.preset.noise for p in plans} == {"gaussian:0-55", "gaussian:5", "gaussian:10+clip"}
+    assert [p.preset.loss for p in plans] == ["l1", "mse", "mse"]
+    named = plan(data, tmp_path, text, noise=("gaussian:20",))
+    assert {p.preset.validation_noise for p in map(named.plan, range(3))} == {"gaussian:20"}
+    other = plan(data, tmp_path, text, validation_noise="gaussian:15", steps=None, hours=0.8)
+    assert other.plan(1).preset.validation_noise == "gaussian:15"
+    assert other.plan(1).config.validate_minutes == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"text": "loss = ['l1', 'l3']"}, r'space.toml: {"loss": "l3"} cannot be trained: --loss'),
+        ({"text": "noise = ['gausian:5']"}, "Did you mean 'gaussian'"),
+        ({"text": "widths = [[4, 8, 16]]"}, "put them into tables of `arguments`"),
+        ({"space": "no-such.toml"}, "--space no-such.toml: cannot be read"),
+        ({"preset": "tinny"}, "Unknown preset 'tinny'"),
+        ({"validation_noise": "gausian:5"}, "Did you mean 'gaussian'"),
+        ({"resume": True}, "holds no search; leave --resume out"),
+    ],
+)
+def test_wrong_usage_is_told_before_ray_starts(tiny, data, tmp_path, settings, sentence):
+    settings = dict(settings)
+    with pytest.raises(UsageError, match=sentence):
+        plan(data, tmp_path, settings.pop("text", SPACE), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"trials": 0}, "--trials"),
+        ({"output": "s3://bucket/x"}, "expected a local folder"),
+        ({"concurrent": "0"}, "--concurrent '0'"),
+        ({"gpus_per_trial": -1.0}, "--gpus-per-trial"),
+        ({"stop": "median"}, "--stop 'median': expected one of halving, none"),
+        ({"epochs": 1.0}, "one of --steps N"),
+        ({"data": ()}, "No DATA given"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(data, tmp_path, settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        config_of(data, tmp_path, **settings)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    mine = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TF_CPP_MIN_LOG_LEVEL")}
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=mine,
+    )
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a driver and all that it started: raylet, store, workers."""
+    parent = psutil.Process(process.pid)
+    for each in [parent, *parent.children(recursive=True)]:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate(timeout=30)
+
+
+def table(output: Path) -> dict[str, dict[str, str]]:
+    path = output / "trials.csv"
+    if not path.exists():
+        return {}
+    return {row["trial"]: row for row in csv.DictReader(path.open(newline=""))}
+
+
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    """A search killed in its second trial and resumed: table before, output, code, out, err."""
+    folder = tmp_path_factory.mktemp("search")
+    (folder / "space.toml").write_text(SPACE + "batch = [3, 5]\n")
+    output = folder / "out"
+    arguments = [data, "--output", output, "--preset", "tiny", "--space", folder / "space.toml"]
+    arguments += ["--trials", TRIALS, "--steps", STEPS, "--precision", "float32", "--seed", 2]
+    arguments += ["--concurrent", 1]
+    process = start(*arguments)
+    deadline = time.monotonic() + 400
+    while table(output).get("1", {}).get("psnr", "") == "":
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill_all(process)
+    before = table(output)
+    process = start(*arguments, "--resume")
+    out, err = process.communicate(timeout=500)
+    return before, output, process.returncode, out, err
+
+
+pytestmark = pytest.mark.timeout(1000)
+
+
+@pytest.mark.ray
+def test_a_killed_search_goes_on(resumed):
+    before, output, code, _, err = resumed
+    assert code == 0, err
+    assert err == ""
+    assert before["0"]["status"] == "done"
+    assert before["1"]["status"] == "running"
+    after = table(output)
+    assert {row["status"] for row in after.values()} <= {"done", "stopped"}
+    assert len(after) == TRIALS
+    # What was done before is not done again.
+    assert after["0"] == {**before["0"], "rank": after["0"]["rank"]}
+    assert int(after["1"]["steps"]) >= int(before["1"]["steps"])
+
+
+@pytest.mark.ray
+def test_a_search_leaves_a_table_a_plot_and_the_best_settings(resumed):
+    _, output, _, out, _ = resumed
+    best = tomllib.loads((output / "best.toml").read_text())
+    rows = sorted(table(output).values(), key=lambda row: int(row["rank"]))
+    assert best["preset"] == "tiny"
+    assert rows[0]["status"] == "done"
+    assert rows[0]["loss"] == best.get("loss", "")
+    assert Image.open(output / "tune.png").format == "PNG"
+    assert not list((output / "ray").rglob("checkpoint_*"))
+    assert "Trials, the best first" in out
+    assert f"Best: trial {rows[0]['trial']}, " in out
+    assert f"--config {output}/best.toml" in out
+
+
+@pytest.mark.ray
+def test_another_search_in_one_place_is_refused(resumed, data, tiny, tmp_path):
+    _, output, *_ = resumed
+    settings = {"output": str(output), "seed": 2, "precision": "float32"}
+    text = SPACE + "batch = [3, 5]\n"
+    with pytest.raises(UsageError, match="holds a search: go on with --resume"):
+        plan(data, tmp_path, text, **settings)
+    assert plan(data, tmp_path, text, resume=True, **settings).config.resume
+    with pytest.raises(UsageError, match="--resume: --steps is not what the search"):
+        plan(data, tmp_path, text, resume=True, **{**settings, "steps": 9})
+    with pytest.raises(UsageError, match="--resume: --space is not what the search"):
+        plan(data, tmp_path, SPACE, resume=True, **settings)
