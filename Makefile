@@ -26,10 +26,14 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Newest versions within pyproject.toml's bounds, with hashes, for Linux and Python 3.11.
+# Newest versions within pyproject.toml's bounds, with hashes, for Linux and Python 3.11; and what the
+# image for GPUs has on top: CUDA's wheels.
 lock:
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra benchmark --generate-hashes \
 	    --no-emit-index-url --no-header --python-version 3.11 --universal -o requirements.lock
+	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --constraint requirements.lock --generate-hashes \
+	    --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
+	    --python-platform x86_64-manylinux_2_28 | awk '/^[a-z]/{keep=/^nvidia-/} keep' > cluster/gpu.lock
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -139,6 +139,8 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float], *, images
     cpus, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
     wanted = parse_actors(config.actors)
     share = None if config.gpus_per_actor == "auto" else float(config.gpus_per_actor)
+    if "CPU" not in cluster and not gpus:
+        return _resources_to_come(wanted, share)
     if share is not None and share > gpus:
         raise UsageError(
             f"--gpus-per-actor {share:g}: the cluster has {gpus:g} GPU(s). Use 'auto' for CPUs."
@@ -150,6 +152,19 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float], *, images
     count = wanted or (most, most)
     threads = max(1, cpus // count[1])
     return Resources(count, max(0.01, round(0.5 * cpus / count[1], 2) - 0.01), 0.0, threads)
+
+
+def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> Resources:
+    """Actors for a cluster whose workers an autoscaler has yet to start, a head with no CPUs.
+
+    Nothing in Ray tells a job what could be started (2.60 keeps it from its own libraries too).
+    """
+    if wanted is None or not share:
+        raise UsageError(
+            "the cluster has no workers yet, so the actors cannot be fitted to them: state "
+            "--gpus-per-actor and --actors MIN:MAX, or keep one worker running (minReplicas: 1)."
+        )
+    return Resources(wanted, 1.0, share, None)
 
 
 def build_dataset(

@@ -1,0 +1,36 @@
+"""How a run's actors are fitted to a cluster. Starts no Ray."""
+
+from __future__ import annotations
+
+import pytest
+
+from denoise_core.config import DenoiseConfig
+from denoise_core.errors import UsageError
+from denoise_core.pipelines.flow import Resources, choose_resources
+
+EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e9}
+
+
+def choose(cluster: dict[str, float], *, images: int = 1000, **settings: str) -> Resources:
+    config = DenoiseConfig(inputs=("in",), output="out", **settings)
+    return choose_resources(config, cluster, images=images)
+
+
+def test_gpus_are_shared_out_and_cpus_are_left_for_reading() -> None:
+    gpus = {"CPU": 16.0, "GPU": 4.0}
+    assert choose(gpus) == Resources((1, 4), 1.0, 1.0, None)
+    assert choose(gpus, gpus_per_actor="0.5").actors == (1, 8)
+    cpus = choose({"CPU": 16.0})
+    assert cpus.gpus == 0
+    assert cpus.actors[1] * cpus.cpus <= 8
+    assert cpus.actors[1] * (cpus.threads or 0) == 16
+    with pytest.raises(UsageError, match=r"has 0 GPU\(s\)"):
+        choose({"CPU": 16.0}, gpus_per_actor="1")
+
+
+def test_workers_that_are_still_to_come_must_be_stated() -> None:
+    """A head of 0 CPUs whose autoscaler starts GPU machines on demand: nothing can be counted."""
+    assert choose(EMPTY, gpus_per_actor="1", actors="1:8") == Resources((1, 8), 1.0, 1.0, None)
+    for settings in ({}, {"actors": "1:8"}, {"gpus_per_actor": "1"}, {"gpus_per_actor": "0"}):
+        with pytest.raises(UsageError, match="--gpus-per-actor and --actors MIN:MAX"):
+            choose(EMPTY, **settings)
