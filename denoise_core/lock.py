@@ -2,7 +2,9 @@
 
 The lock is a small JSON object `OUT/.denoise/lock.json` with the run's id, host, process and a
 heartbeat. It is dead when its process is gone (same machine), or when no heartbeat came for
-DEAD_AFTER_S and none comes while another run watches it (any machine, whatever its clock says).
+DEAD_AFTER_S and none comes while another run watches it (any machine, whatever its clock says). A
+run that meets a lock without a heartbeat for SUSPECT_AFTER_S waits for one or for its death; one
+that meets a fresh lock is refused at once.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from denoise_core.storage import Storage, join
 
 HEARTBEAT_S = 10.0
 DEAD_AFTER_S = 60.0
+# Two beats were missed. A cluster made anew after a lost head comes as early as this.
+SUSPECT_AFTER_S = 25.0
+WATCH_EVERY_S = 2.0
 # Longer than another taker needs from finding a lock dead to putting its own in place.
 SETTLE_S = 1.0
 
@@ -98,12 +103,17 @@ def _is_dead(storage: Storage, uri: str, held: dict[str, Any]) -> bool:
             return True
         except PermissionError:
             pass
-    if time.time() - held["heartbeat"] <= DEAD_AFTER_S:
+    age = time.time() - held["heartbeat"]
+    if age <= SUSPECT_AFTER_S:
         return False
     # Old by this machine's clock. A live run proves itself by its next heartbeat.
-    time.sleep(HEARTBEAT_S * 1.5)
-    later = _holder(storage, uri)
-    return later is None or later["heartbeat"] == held["heartbeat"]
+    end = time.monotonic() + max(HEARTBEAT_S * 1.5, DEAD_AFTER_S - age)
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, WATCH_EVERY_S))
+        later = _holder(storage, uri)
+        if later is None or later["heartbeat"] != held["heartbeat"]:
+            return later is None
+    return True
 
 
 @contextmanager

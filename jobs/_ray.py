@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from denoise_core.errors import RunFailed
 
@@ -14,7 +16,8 @@ from denoise_core.errors import RunFailed
 def start_ray() -> None:
     """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone.
 
-    Call it from the main thread: Ray's processes die with the thread that started them.
+    Call it from the main thread: Ray's processes die with the thread that started them. SIGTERM
+    then ends the job as Ctrl-C does.
     """
     # Ray 2.60 shows all GPUs to workers that asked for none unless told otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
@@ -28,6 +31,17 @@ def start_ray() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
+    _join(ray)
+    # Ray has put a handler of its own in place, one that aborts.
+    end_on_sigterm()
+
+
+def end_on_sigterm() -> None:
+    """End on SIGTERM as on Ctrl-C, with rows and lock in order: `ray job stop` sends it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _join(ray: Any) -> None:
     local = None if os.environ.get("RAY_ADDRESS") else "local"
     try:
         with _silent_stderr():

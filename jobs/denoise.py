@@ -6,13 +6,11 @@ failed images than --max-error-rate allows.
 
 from __future__ import annotations
 
-import signal
-
 import click
 
 from denoise_core.config import DenoiseConfig
 from jobs._cli import settings_command
-from jobs._ray import start_ray
+from jobs._ray import end_on_sigterm, start_ray
 
 EXIT_OVER_BUDGET = 3
 
@@ -22,22 +20,11 @@ def run(config: DenoiseConfig) -> int:
     from denoise_core.pipelines.denoise import run_denoising
     from jobs._progress import display, print_outcome
 
-    _end_on_sigterm()
+    end_on_sigterm()
     with display(config.progress) as watcher:
-        outcome = run_denoising(config, watcher=watcher, start_ray=_start_ray)
+        outcome = run_denoising(config, watcher=watcher, start_ray=start_ray)
     print_outcome(outcome, config)
     return 0 if outcome.within_budget else EXIT_OVER_BUDGET
-
-
-def _start_ray() -> None:
-    start_ray()
-    # Ray has put a handler of its own in place, one that aborts.
-    _end_on_sigterm()
-
-
-def _end_on_sigterm() -> None:
-    """End on SIGTERM as on Ctrl-C, with rows and lock in order: `ray job stop` sends it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 main: click.Command = settings_command(DenoiseConfig, run, name="jobs.denoise", help=str(__doc__))

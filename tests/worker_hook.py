@@ -58,6 +58,8 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
+    from jobs._ray import end_on_sigterm
+
     ray.init(
         address="local",
         num_cpus=2,
@@ -66,6 +68,7 @@ def start_ray() -> None:
         logging_level="ERROR",
         runtime_env={"worker_process_setup_hook": "worker_hook.install"},
     )
+    end_on_sigterm()
 
 
 if __name__ == "__main__":

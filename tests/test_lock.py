@@ -1,0 +1,69 @@
+"""A lock whose run gives no sign of life: it is watched, then taken over or respected.
+
+The rest of the lock is in `test_denoise_faults.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from denoise_core import lock
+from denoise_core.errors import OutputLocked
+from denoise_core.storage import LocalStorage
+
+
+class Clock:
+    """Time that passes only while somebody sleeps; at some moments the other run gives a sign."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, *, beats: list[float]) -> None:
+        self.start = self.now = time.time()
+        self.path, self.beats = path, beats
+        monkeypatch.setattr(lock.time, "time", lambda: self.now)
+        monkeypatch.setattr(lock.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(lock.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        while self.beats and self.now - self.start >= self.beats[0]:
+            self.beat(self.start + self.beats.pop(0))
+
+    def beat(self, moment: float) -> None:
+        held = {**json.loads(lock._content("other")), "host": "elsewhere", "heartbeat": moment}
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps(held))
+
+    @property
+    def waited(self) -> float:
+        return self.now - self.start
+
+
+def take(clock: Clock, folder: Path, *, age: float) -> lock.Lock:
+    clock.beat(clock.start - age)
+    return lock._take(LocalStorage(), str(folder), run_id="mine")
+
+
+@pytest.mark.parametrize(("age", "wait"), [(30.0, 30.0), (59.0, 15.0), (3600.0, 15.0)])
+def test_silent_run_is_dead_after_a_minute_of_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, wait: float
+) -> None:
+    clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[])
+    assert take(clock, tmp_path, age=age).taken_from == "other"
+    assert clock.waited == pytest.approx(wait + lock.SETTLE_S, abs=0.01)
+
+
+def test_run_that_beats_again_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[12.0])
+    with pytest.raises(OutputLocked, match="run other on elsewhere"):
+        take(clock, tmp_path, age=40.0)
+    assert clock.waited < 15
+
+
+def test_fresh_lock_is_respected_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[])
+    with pytest.raises(OutputLocked, match="run other on elsewhere"):
+        take(clock, tmp_path, age=20.0)
+    assert clock.waited == 0
