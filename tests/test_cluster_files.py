@@ -270,6 +270,8 @@ def test_ray_job_begins_with_no_gpu_ends_by_itself_and_is_tried_again(path: Path
     pod = workers["template"]["spec"]
     assert any("spot" in json.dumps(each) for each in pod["tolerations"])
     (container,) = pod["containers"]
+    # The autoscaler takes the limits for what a pod will have, and Ray counts what it has.
+    assert container["resources"]["limits"] == container["resources"]["requests"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     settings = parse(spec["entrypoint"].removeprefix("python -m "))
     if "jobs.denoise" in spec["entrypoint"]:
