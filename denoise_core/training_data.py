@@ -572,7 +572,7 @@ def validation_pairs(
         rng = np.random.default_rng((0, index))
         image, partner = sampler.library.get(picture)
         unit = 2 * stride if sampler.mode == "neighbor2neighbor" else stride
-        height, width = (min(side, length // unit * unit) for length in image.shape[:2])
+        height, width = (min(side, length) // unit * unit for length in image.shape[:2])
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         place = slice(top, top + height), slice(left, left + width)
         values = to_unit(image[place], image)

@@ -20,6 +20,8 @@ from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import RunFailed
 from denoise_core.presets import Preset, Stage
+from denoise_core.storage import storage_for
+from denoise_core.training import prepare
 
 TINY = Preset(
     "unet",
@@ -32,7 +34,7 @@ TINY = Preset(
 )
 # The job in a process of its own, with the tiny preset among the others.
 DRIVER = f"""
-from denoise_core.presets import PRESETS, Preset, Stage
+from denoise_core.presets import PRESETS, Plateau, Preset, Stage
 PRESETS["tiny"] = {TINY!r}
 from jobs.train import main
 main()
@@ -133,12 +135,25 @@ def test_the_driver_prints_each_report_and_nothing_on_stderr(resumed):
     lines = out.splitlines()
     assert len(lines) > STEPS // EVERY - len(before)
     pattern = (
-        r" *\d+\.\d%  step \d+  \d+ Mpx  \d+\.\d{3} Mpx/s  loss \d\.\d{5}"
+        r" *\d+\.\d%  step \d+  \d+ Mpx  \d+\.\d{3} Mpx/s  \d+\.\d steps/s  loss \d\.\d{5}"
         r"  validation PSNR \d+\.\d\d dB  \d+:\d\d:\d\d left"
     )
     assert [line for line in lines[:-1] if not re.fullmatch(pattern, line)] == []
     assert lines[-2].startswith("100.0%")
+    assert re.fullmatch(r"Done, validation PSNR \d+\.\d\d dB at step \d+\. Use it .*", lines[-1])
     assert lines[-1].endswith(f"--model {output / 'best'}")
+
+
+@pytest.mark.ray
+def test_the_run_leaves_curves_samples_and_logs(resumed):
+    _, output, *_ = resumed
+    curves = np.asarray(Image.open(output / "curves.png"))
+    assert curves.shape[0] > 400
+    assert len(np.unique(curves.reshape(-1, curves.shape[2]), axis=0)) > 100
+    samples = sorted(path.name for path in (output / "samples").iterdir())
+    assert samples[0] == f"step-{EVERY:07d}.png"
+    assert samples[-1] == f"step-{STEPS:07d}.png"
+    assert any((output / "tensorboard").iterdir())
 
 
 @pytest.mark.ray
@@ -149,8 +164,10 @@ def test_the_best_model_is_there_with_its_card(resumed, data):
     assert best.card["name"] == "tiny"
     assert best.card["training"]["images"] == 5
     assert best.card["training"]["data"] == [data.name]
-    figures = [float(row["psnr"]) for row in history(output)]
-    assert best.card["figures"]["validation_psnr_sigma25"] == pytest.approx(max(figures), abs=1e-3)
+    lowest = min(history(output), key=lambda row: float(row["val_loss"]))
+    figures = best.card["figures"]
+    assert figures["validation_loss"] == pytest.approx(float(lowest["val_loss"]), rel=1e-4)
+    assert figures["validation_psnr"] == pytest.approx(float(lowest["psnr"]), abs=1e-3)
     assert json.loads((output / "train.json").read_text())["resume"] is True
 
 
@@ -168,12 +185,74 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     from denoise_core.pipelines.train import run_training
 
     config = TrainConfig(
-        data=(str(data),), output=str(tmp_path), steps=1000, learning_rate=1e30, threads=1
+        data=(str(data),), output=str(tmp_path / "run"), steps=1000, learning_rate=1e30, threads=1
     )
     rows: list[dict[str, float]] = []
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
-        run_training(config, show=rows.append, preset=TINY)
+        run_training(prepare(config, TINY), show=rows.append)
     assert rows == []
+
+
+def kill_one_worker(process: subprocess.Popen[str]) -> None:
+    """SIGKILL one of the processes that train."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    trainers = [each for each in children if "RayTrainWorker" in "".join(each.cmdline()[:1])]
+    assert len(trainers) == 2
+    trainers[1].kill()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_two_workers_one_killed_on_the_way_follow_the_curve_of_one(data, tmp_path):
+    shared = ["--preset", "tiny", "--steps", 60, "--validate-steps", 5, "--precision", "float32"]
+    shared += ["--input", "thread", "--threads", 1]
+    one = tmp_path / "one"
+    code, _, err = finish(data, "--output", one, *shared)
+    assert code == 0, err
+    two = tmp_path / "two"
+    process = start(data, "--output", two, *shared, "--workers", 2)
+    deadline = time.monotonic() + 400
+    while len(history(two)) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill_one_worker(process)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    expected, got = history(one), history(two)
+    assert [row["step"] for row in got] == [row["step"] for row in expected]
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(
+            [float(row[name]) for row in got],
+            [float(row[name]) for row in expected],
+            rtol=1e-3,
+        )
+
+
+@pytest.mark.ray
+def test_data_and_run_may_lie_on_s3(ray_session, s3_server, data, tmp_path):
+    from denoise_core.pipelines.train import run_training
+
+    root = s3_server.make_bucket()
+    storage = storage_for(root)
+    for path in sorted(data.iterdir()):
+        storage.write(f"{root}/photos/{path.name}", path.read_bytes())
+    output = f"{root}/runs/one"
+    config = TrainConfig(
+        data=(f"{root}/photos",), output=output, steps=6, validate_steps=3, threads=1
+    )
+    rows: list[dict[str, float]] = []
+    assert run_training(prepare(config, TINY), show=rows.append) == f"{output}/best"
+    assert [row["step"] for row in rows if not row.get("tick")] == [3, 6]
+    names = {entry.path for entry in storage.list(output)}
+    assert names >= {
+        "train.json", "history.csv", "best/model.json", "best/model.safetensors", "curves.png",
+        "samples/step-0000006.png",
+    }  # fmt: skip
+    assert any(name.startswith("ray/run/checkpoint_") for name in names)
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(storage.read(f"{output}/best/{name}"))
+    assert load_checkpoint(str(tmp_path)).build().count_params() > 0
 
 
 @pytest.mark.parametrize(
@@ -185,7 +264,12 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
         ({"--preset": "unet-xs"}, "0.png: crops of 128 px do not fit into 64x48 px"),
         ({"DATA": "empty"}, "No images found in "),
         ({"--steps": "0"}, "--steps: expected a number from 1"),
-        ({"--hours": "1"}, "one of --steps N and --hours H"),
+        ({"--hours": "1"}, "one of --steps N, --epochs N and --hours H"),
+        ({"--preset": "mnist-latent16"}, "is for images of 28x28 px with 1 channel(s)"),
+        ({"--noisy": "*_real.png"}, "--noisy and --clean belong together"),
+        ({"--noisy": "*a.png", "--clean": "*_c.png"}, "no image in DATA has such a path"),
+        ({"--augment": "flop"}, "'flop': expected some of none, flip"),
+        ({"--crop": "100"}, "0.png: crops of 100 px do not fit into 64x48 px"),
     ],
     ids=str,
 )

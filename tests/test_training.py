@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from denoise_core import training_data
 from denoise_core.checkpoints import save_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.noise import parse_noise
-from denoise_core.presets import PRESETS, Preset, Stage
-from denoise_core.training import Progress, Trainer, learning_rate, stage_at, validation_psnr
+from denoise_core.presets import PRESETS, Plateau, Preset, Stage, classic
+from denoise_core.storage import StorageOptions
+from denoise_core.training import (
+    Progress,
+    Trainer,
+    learning_rate,
+    loss_function,
+    note_validation,
+    places_of,
+    prepare,
+    psnr_of,
+    stage_at,
+    steps_of_epoch,
+)
 from denoise_core.training_data import (
-    CleanImages,
-    CropSampler,
-    check_images,
-    find_images,
-    load_clean,
+    Affine,
+    Library,
+    Picture,
+    Sampler,
+    TrainingData,
+    blind_spots,
+    neighbours,
+    parse_augment,
     prefetch,
+    validation_pairs,
 )
 
 TINY = Preset(
@@ -56,13 +77,41 @@ def picture(height=48, width=64, *, seed=0) -> np.ndarray:
     return np.clip(image * 255, 0, 255).astype(np.uint8)
 
 
+def write(path: Path, values: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return path
+
+
 @pytest.fixture(scope="module")
-def images():
-    return CleanImages([picture(seed=seed) for seed in range(6)], [picture(seed=9)])
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clean")
+    for seed in range(7):
+        write(root / f"{seed}.png", picture(seed=seed))
+    return root
 
 
-def sampler(images, *, seed=0, grey=0.2) -> CropSampler:
-    return CropSampler(images, parse_noise("gaussian:0-55"), grey, seed)
+@pytest.fixture(scope="module")
+def data(folder):
+    return TrainingData.index(config(data=(str(folder),)), TINY)
+
+
+def sampler(folder, preset=TINY, **settings) -> Sampler:
+    settings = config(data=(str(folder),), **settings)
+    return Sampler.make(TrainingData.index(settings, preset).training, settings, preset)
+
+
+def sampler_of(tmp_path, *images, preset=TINY, **settings) -> Sampler:
+    """A sampler of these images, none of them held out."""
+    for index, image in enumerate(images):
+        write(tmp_path / f"{index}.png", image)
+    held = write(tmp_path / "held" / "held.png", images[0])
+    settings = config(
+        data=tuple(str(tmp_path / f"{i}.png") for i in range(len(images))),
+        validation_data=(str(held),),
+        **settings,
+    )
+    return Sampler.make(TrainingData.index(settings, preset).training, settings, preset)
 
 
 def run(trainer) -> list[tuple[dict[str, float], bool]]:
@@ -74,74 +123,145 @@ def run(trainer) -> list[tuple[dict[str, float], bool]]:
 # --- data
 
 
+def index(*data, preset=TINY, **settings) -> TrainingData:
+    return TrainingData.index(config(data=tuple(map(str, data)), **settings), preset)
+
+
 def test_images_are_found_sorted_and_by_ending(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "folder.png").mkdir()
-    for name in ("b/2.PNG", "a.jpg", "notes.txt"):
-        (tmp_path / name).touch()
-    found = find_images([str(tmp_path), str(tmp_path / "a.jpg")])
-    assert [path.name for path in found] == ["a.jpg", "2.PNG", "a.jpg"]
-    with pytest.raises(UsageError, match=r"No images found in .*none.*: expected .*\.png"):
-        find_images([str(tmp_path / "none")])
+    for name in ("b/2.PNG", "a.jpg", "c.tif"):
+        write(tmp_path / name, picture())
+    (tmp_path / "notes.txt").write_text("no image")
+    found = index(tmp_path, validation_data=(str(tmp_path / "a.jpg"),))
+    assert [Path(p.uri).name for p in found.training] == ["a.jpg", "2.PNG", "c.tif"]
+    assert [(p.height, p.width, p.channels) for p in found.training] == [(48, 64, 3)] * 3
+    with pytest.raises(UsageError, match=r"No images found in .*none"):
+        index(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"No images found in .*empty.*: expected .*\.png"):
+        index(tmp_path / "empty")
 
 
-def write(path: Path, values: np.ndarray) -> Path:
-    Image.fromarray(values).save(path)
+def idx(path: Path, values: np.ndarray) -> Path:
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    path.write_bytes(gzip.compress(header + values.tobytes()))
     return path
 
 
-def test_images_are_loaded_as_8_bit_rgb(tmp_path):
+def test_idx_files_are_images_but_labels_and_test_sets_are_not(tmp_path):
+    digits = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
+    idx(tmp_path / "train-images-idx3-ubyte.gz", digits)
+    idx(tmp_path / "train-labels-idx1-ubyte.gz", np.arange(5, dtype=np.uint8))
+    test = idx(tmp_path / "t10k-images-idx3-ubyte.gz", digits[:2])
+    found = index(tmp_path, preset=PRESETS["mnist-conv"], validation=0.2)
+    assert (len(found.training), len(found.validation)) == (4, 1)
+    members = sorted(p.member for p in (*found.training, *found.validation))
+    assert members == [0, 1, 2, 3, 4]
+    library = Library(StorageOptions(), channels=1)
+    for each in found.training:
+        np.testing.assert_array_equal(library.get(each)[0][..., 0], digits[each.member])
+    named = index(test, preset=PRESETS["mnist-conv"], validation=0.5)
+    assert len(named.training) == 1
+
+
+def test_images_are_loaded_in_their_own_depth_with_the_networks_channels(tmp_path):
+    library = Library(StorageOptions(), channels=3)
     grey = write(tmp_path / "grey.png", picture()[..., 0])
-    (loaded,) = load_clean(grey)
-    assert loaded.shape == (48, 64, 3)
-    assert loaded.dtype == np.uint8
+    loaded, partner = library.get(Picture(str(grey)))
+    assert (loaded.shape, loaded.dtype, partner) == ((48, 64, 3), np.uint8, None)
     np.testing.assert_array_equal(loaded[..., 1], picture()[..., 0])
     deep = np.array([[0, 128, 129, 65535, 32767]], np.uint16)
-    (rounded,) = load_clean(write(tmp_path / "deep.png", deep))
-    assert rounded[0, :, 0].tolist() == [0, 0, 1, 255, 127]
+    loaded, _ = library.get(Picture(str(write(tmp_path / "deep.png", deep))))
+    np.testing.assert_array_equal(loaded[..., 2], deep)
+    np.testing.assert_allclose(training_data.to_unit(loaded, loaded)[..., 0], deep / 65535)
+    colour = write(tmp_path / "colour.png", picture())
+    luma, _ = Library(StorageOptions(), channels=1).get(Picture(str(colour)))
+    expected = picture() @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(luma[..., 0], expected, atol=0.51)
+    tifffile.imwrite(tmp_path / "five.tif", np.zeros((8, 8, 5), np.uint8))
+    with pytest.raises(UsageError, match=r"five\.tif: training takes images of 1 or 3 channels"):
+        library.get(Picture(str(tmp_path / "five.tif")))
+
+
+def test_a_library_keeps_no_more_than_it_may(tmp_path):
+    paths = [write(tmp_path / f"{i}.png", picture(seed=i)) for i in range(4)]
+    library = Library(StorageOptions(), channels=3, capacity=2 * picture().nbytes)
+    for path in (*paths, paths[3], paths[0]):
+        assert library.get(Picture(str(path)))[0].shape == (48, 64, 3)
+        assert library.bytes <= library.capacity
+    assert [Path(p.uri).name for p in library.kept] == ["3.png", "0.png"]
 
 
 def test_large_images_also_enter_at_half_their_size(tmp_path):
-    path = write(tmp_path / "large.png", picture(1000, 1200))
-    assert [image.shape for image in load_clean(path)] == [(1000, 1200, 3), (500, 600, 3)]
+    write(tmp_path / "large.png", picture(1000, 1200))
+    write(tmp_path / "small.png", picture())
+    found = index(tmp_path, validation_data=(str(tmp_path / "small.png"),))
+    assert [p.sides for p in found.training] == [(1000, 1200), (500, 600), (48, 64)]
+    assert found.files == 2
+    library = Library(StorageOptions(), channels=3)
+    assert [library.get(p)[0].shape[:2] for p in found.training] == [
+        p.sides for p in found.training
+    ]
 
 
 def test_files_that_cannot_be_trained_on_are_named(tmp_path):
+    write(tmp_path / "good.png", picture())
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UsageError, match=r"cut\.png"):
-        load_clean(tmp_path / "cut.png")
-    with pytest.raises(UsageError, match=r"cut\.png"):
-        check_images([tmp_path / "cut.png"], crop=8)
-    np_file = tmp_path / "floats.tiff"
-    Image.fromarray(np.zeros((8, 8), np.float32)).save(np_file)
-    with pytest.raises(UsageError, match=r"floats\.tiff: training takes 8- or 16-bit"):
-        load_clean(np_file)
+        index(tmp_path)
 
 
 def test_small_images_are_named_by_their_headers(tmp_path):
-    paths = [write(tmp_path / f"{side}.png", picture(side, 64)) for side in (32, 31)]
-    check_images(paths[:1], crop=32)
+    for side in (32, 31):
+        write(tmp_path / f"{side}.png", picture(side, 64))
     with pytest.raises(UsageError, match=r"31\.png: crops of 32 px do not fit into 64x31"):
-        check_images(paths, crop=32)
+        index(tmp_path)
+    assert len(index(tmp_path, crop=16).training) == 1
 
 
-def test_validation_images_are_held_out_by_the_seed(tmp_path):
-    paths = [write(tmp_path / f"{i}.png", picture(seed=i)) for i in range(8)]
-    first, again, other = (CleanImages.load(paths, validation=0.25, seed=s) for s in (0, 0, 1))
-    assert (len(first.training), len(first.validation)) == (6, 2)
-    assert all(map(np.array_equal, first.validation, again.validation))
-    assert not all(map(np.array_equal, first.validation, other.validation))
-    held = {image.tobytes() for image in first.validation}
-    assert held & {image.tobytes() for image in first.training} == set()
+def test_a_preset_for_mnist_refuses_photographs(folder):
+    with pytest.raises(
+        UsageError,
+        match=r"png: --preset mnist-conv is for images of 28x28 px with 1 channel\(s\), such as "
+        r"MNIST; got 64x48 px with 3\. For photographs choose unet-s or photo-conv",
+    ):
+        prepare(config(data=(str(folder),), preset="mnist-conv"))
+
+
+def test_validation_images_are_held_out_by_the_seed(folder):
+    first, again, other = (index(folder, validation=0.3, seed=s) for s in (0, 0, 1))
+    assert (len(first.training), len(first.validation)) == (5, 2)
+    assert first == again
+    assert first.validation != other.validation
+    assert {p.uri for p in first.validation} & {p.uri for p in first.training} == set()
     with pytest.raises(UsageError, match=r"1 image\(s\) cannot be split"):
-        CleanImages.load(paths[:1], validation=0.05, seed=0)
+        index(folder / "0.png")
+
+
+def test_pairs_go_by_their_names_and_are_cut_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        clean = rng.integers(0, 200, (40, 48, 3)).astype(np.uint8)
+        write(tmp_path / f"{name}_mean.png", clean)
+        write(tmp_path / f"{name}_real.png", clean + 7)
+    patterns = {"noisy": "*_real.png", "clean": "*_mean.png"}
+    settings = config(data=(str(tmp_path),), **patterns)
+    found = TrainingData.index(settings, TINY)
+    assert (len(found.training), len(found.validation)) == (2, 1)
+    draw = Sampler.make(found.training, settings, TINY)
+    for step in range(10):
+        noisy, clean = draw.sample(step=step, place=0, crop=16)
+        np.testing.assert_allclose(noisy - clean, 7 / 255, atol=1e-6)
+    (tmp_path / "b_mean.png").unlink()
+    with pytest.raises(UsageError, match=r"1 file\(s\) without a partner: b_real\.png"):
+        TrainingData.index(settings, TINY)
 
 
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 10**6), place=st.integers(0, 1000))
-def test_a_sample_is_a_function_of_seed_step_and_place(images, seed, step, place):
-    first = sampler(images.training, seed=seed).sample(step=step, place=place, crop=16)
-    again = sampler(images.training, seed=seed).sample(step=step, place=place, crop=16)
-    other = sampler(images.training, seed=seed).sample(step=step, place=place + 1, crop=16)
+def test_a_sample_is_a_function_of_seed_step_and_place(folder, seed, step, place):
+    draws = replaced_seed(sampler_once(folder), seed)
+    first = draws.sample(step=step, place=place, crop=16)
+    again = replaced_seed(draws, seed).sample(step=step, place=place, crop=16)
+    other = draws.sample(step=step, place=place + 1, crop=16)
     for values, same in zip(first, again, strict=True):
         assert values.shape == (16, 16, 3)
         assert values.dtype == np.float32
@@ -150,55 +270,158 @@ def test_a_sample_is_a_function_of_seed_step_and_place(images, seed, step, place
     assert 0.0 <= first[1].min() <= first[1].max() <= 1.0
 
 
-def test_the_batch_of_one_worker_is_that_of_two_together(images):
-    one = sampler(images.training).batch(step=5, crop=16, places=range(8))
+KNOWN: dict[str, Sampler] = {}
+
+
+def sampler_once(folder) -> Sampler:
+    return KNOWN.setdefault(str(folder), sampler(folder))
+
+
+def replaced_seed(draws: Sampler, seed: int) -> Sampler:
+    made = {f: getattr(draws, f) for f in ("pictures", "library", "noise", "mode", "order")}
+    return Sampler(**made, grey=draws.grey, augment=draws.augment, seed=seed)
+
+
+@pytest.mark.parametrize("order", ["draws", "epochs"])
+def test_the_batch_of_one_worker_is_that_of_two_together(folder, order):
+    draws = sampler(folder, replace(TINY, order=order))
+    stage = Stage(0.0, 16, 8)
+    one = draws.batch(step=5, crop=16, places=places_of(stage, rank=0, workers=1), size=8)
     halves = [
-        sampler(images.training).batch(step=5, crop=16, places=range(*p)) for p in ((0, 4), (4, 8))
+        draws.batch(step=5, crop=16, places=places_of(stage, rank=r, workers=2), size=8)
+        for r in range(2)
     ]
     for whole, *parts in zip(one, *halves, strict=True):
         np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
-def test_workers_share_the_places_of_a_batch(images):
-    def first_batch(rank, workers):
-        trainer = object.__new__(Trainer)
-        trainer.config, trainer.rank, trainer.progress = config(workers=workers), rank, Progress(7)
-        trainer.sampler = sampler(images.training)
-        return next(trainer._batches(TINY.stages[0]))
+def test_an_epoch_shows_every_image_once(tmp_path):
+    images = [np.full((16, 16, 3), 20 * i, np.uint8) for i in range(6)]
+    draws = sampler_of(
+        tmp_path, *images, preset=replace(TINY, order="epochs", grey=0.0), crop=16, noise=("clean",)
+    )
+    shown = [
+        round(float(draws.sample(step=s, place=p, crop=16, size=2)[1].mean()) * 255)
+        for s in range(6)
+        for p in range(2)
+    ]
+    assert sorted(shown[:6]) == sorted(shown[6:]) == [0, 20, 40, 60, 80, 100]
+    assert shown[:6] != shown[6:]
 
-    (one,) = [first_batch(0, 1)]
-    shares = [first_batch(rank, 2) for rank in range(2)]
-    for whole, *parts in zip(one, *shares, strict=True):
-        np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+def test_a_large_collection_is_read_about_once_a_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_data, "WINDOW_IMAGES", 4)
+    monkeypatch.setattr(training_data, "CROPS_OF_EACH", 4)
+    draws = sampler_of(tmp_path, *(picture(seed=i) for i in range(24)))
+    small = Library(StorageOptions(), channels=3, capacity=6 * picture().nbytes)
+    draws = Sampler(draws.pictures, small, draws.noise, 0)
+    reads = []
+    read = small._read
+    monkeypatch.setattr(small, "_read", lambda p: reads.append(p) or read(p))
+    for step in range(24 * 4):
+        draws.sample(step=step, place=0, crop=16)
+    assert len({p.uri for p in reads}) >= 20
+    assert len(reads) <= 40
 
 
-def test_crops_come_from_the_image_in_all_eight_orientations():
+def test_crops_come_from_the_image_in_all_eight_orientations(tmp_path):
     image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    draws = sampler_of(tmp_path, image, grey=0.0, crop=16)
     drawn = {
-        np.rint(clean * 255).astype(np.uint8).tobytes()
-        for step in range(100)
-        for _, clean in [sampler([image], grey=0.0).sample(step=step, place=0, crop=16)]
+        np.rint(draws.sample(step=s, place=0, crop=16)[1] * 255).astype(np.uint8).tobytes()
+        for s in range(100)
     }
     turns = [np.rot90(image, k) for k in range(4)]
     assert drawn == {each.tobytes() for turn in turns for each in (turn, turn[:, ::-1])}
+    plain = sampler_of(tmp_path, image, grey=0.0, crop=16, augment="none")
+    for step in range(20):
+        _, clean = plain.sample(step=step, place=0, crop=16)
+        np.testing.assert_allclose(clean * 255, image, atol=1e-3)
 
 
-def test_larger_images_are_drawn_more_often_by_the_root_of_their_pixels():
+def test_reduced_crops_see_more_of_the_image(tmp_path):
+    ramp = np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 4, 64, 0), 3, 2)
+    draws = sampler_of(tmp_path, ramp, grey=0.0, augment="scale", crop=32)
+    spans = [np.ptp(draws.sample(step=s, place=0, crop=32)[1]) * 255 / 4 for s in range(50)]
+    assert min(spans) == pytest.approx(31, abs=2)
+    assert max(spans) > 45
+
+
+def test_a_turned_image_keeps_its_middle_and_its_size():
+    image = np.zeros((28, 28, 1), np.float32)
+    image[10:18, 10:18] = 1.0
+    same = Affine(0.0, 1.0, (0.0, 0.0)).apply(image)
+    np.testing.assert_allclose(same, image, atol=1e-6)
+    moved = Affine(0.0, 1.0, (2.0, -1.0)).apply(image)
+    np.testing.assert_allclose(moved, np.roll(image, (2, -1), (0, 1)), atol=1e-6)
+    large = Affine(8.0, 1.1, (0.0, 0.0)).apply(image)
+    assert large.sum() == pytest.approx(image.sum() * 1.21, rel=0.05)
+
+
+def test_words_of_augmentation():
+    assert parse_augment("flip, rotate90") == ("flip", "rotate90")
+    assert parse_augment("none") == ()
+    with pytest.raises(
+        UsageError, match=r"'rotate' ?: expected some of .* Did you mean 'rotate90'"
+    ):
+        parse_augment("rotate")
+
+
+def test_larger_images_are_drawn_more_often_by_the_root_of_their_pixels(tmp_path):
     small, large = np.zeros((20, 20, 3), np.uint8), np.full((60, 60, 3), 255, np.uint8)
-    draw = sampler([small, large], grey=0.0)
-    bright = [draw.sample(step=s, place=0, crop=4)[1].mean() for s in range(1000)]
+    draws = sampler_of(tmp_path, small, large, grey=0.0, crop=4)
+    bright = [draws.sample(step=s, place=0, crop=4)[1].mean() for s in range(1000)]
     assert np.mean(bright) == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 1000))
 
 
-def test_grey_crops_have_one_luma_and_one_noise():
-    draw = sampler([picture()], grey=1.0)
-    for values in draw.sample(step=0, place=0, crop=16):
+def test_grey_crops_have_one_luma_and_one_noise(tmp_path):
+    draws = sampler_of(tmp_path, picture(), grey=1.0)
+    for values in draws.sample(step=0, place=0, crop=16):
         np.testing.assert_array_equal(values[..., 0], values[..., 2])
-    coloured = [
-        sampler([picture()], grey=0.3).sample(step=s, place=0, crop=8)[0] for s in range(300)
-    ]
+    draws = sampler_of(tmp_path, picture(), grey=0.3)
+    coloured = [draws.sample(step=s, place=0, crop=8)[0] for s in range(300)]
     share = np.mean([np.array_equal(c[..., 0], c[..., 1]) for c in coloured])
     assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 300))
+
+
+def test_neighbours_share_an_edge_of_one_cell():
+    rng = np.random.default_rng(0)
+    places = np.stack(np.indices((16, 20)), axis=2).astype(np.float32)
+    first, second = neighbours(places, rng)
+    assert first.shape == second.shape == (8, 10, 2)
+    np.testing.assert_array_equal(np.abs(first - second).sum(axis=2), 1)
+    cells = np.stack(np.indices((8, 10)), axis=2)
+    np.testing.assert_array_equal(first // 2, cells)
+    np.testing.assert_array_equal(second // 2, cells)
+
+
+def test_blind_spots_show_a_neighbour_and_ask_for_the_pixel():
+    rng = np.random.default_rng(0)
+    noisy = np.stack(np.indices((32, 40)), axis=2).astype(np.float32)
+    values, target = blind_spots(noisy, rng, share=0.05, reach=2)
+    spots = np.isfinite(target).all(axis=2)
+    assert 30 <= spots.sum() <= 64
+    np.testing.assert_array_equal(values[~spots], noisy[~spots])
+    np.testing.assert_array_equal(target[spots], noisy[spots])
+    steps = np.abs(values - noisy)[spots]
+    assert steps.max() <= 3
+    assert (steps.max(axis=1) > 0).all()
+
+
+def test_validation_pairs_are_the_middle_with_noise_of_their_own(folder, data):
+    draws = sampler_once(folder)
+    pairs = validation_pairs(
+        data.validation, draws, noise=parse_noise("gaussian:25"), side=40, stride=16
+    )
+    again = validation_pairs(
+        data.validation, draws, noise=parse_noise("gaussian:25"), side=40, stride=16
+    )
+    (noisy, clean), (same, _) = pairs[0], again[0]
+    np.testing.assert_array_equal(noisy, same)
+    assert clean.shape == (32, 32, 3)
+    image, _ = draws.library.get(data.validation[0])
+    np.testing.assert_allclose(clean * 255, image[8:40, 16:48], atol=1e-3)
+    assert (noisy - clean).std() * 255 == pytest.approx(25, rel=0.1)
 
 
 def test_prefetch_keeps_the_order_hands_on_errors_and_stops():
@@ -263,55 +486,112 @@ def test_the_rate_warms_up_to_the_peak_and_falls_as_a_cosine_to_zero():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_validation_is_protocol_a():
-    images = [picture(40, 600, seed=seed) for seed in range(3)]
-    seen = []
+def test_the_rate_falls_where_the_loss_stands_still():
+    recipe = classic(
+        "dense", "", crop=28, batch=4, arguments={}, default_halo=0, schedule="plateau",
+        plateau=Plateau(0.5, 2, 3e-4),
+    )  # fmt: skip
+    settings, progress = config(), Progress(step=50)
+    losses = [1.0, 0.9, 0.95, 0.95, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]
+    rates = []
+    for loss in losses:
+        note_validation(progress, loss, recipe, settings)
+        rates.append(learning_rate(recipe, settings, progress))
+    assert rates == pytest.approx([1e-3] * 3 + [5e-4] * 3 + [3e-4] * 5)
+    assert not progress.stopped
 
-    def remember(noisy):
-        seen.append(noisy)
-        return noisy
 
-    psnr = validation_psnr(remember, images, stride=16)
-    assert [noisy.shape for noisy in seen] == [(1, 32, 256, 3)] * 3
-    clean = [image[4:36, 172:428] / 255.0 for image in images]
-    expected = [
-        -10 * np.log10(np.mean((np.round(np.clip(noisy[0], 0, 1) * 255) / 255 - c) ** 2))
-        for noisy, c in zip(seen, clean, strict=True)
-    ]
-    assert psnr == pytest.approx(np.mean(expected), abs=1e-4)
-    first, second = ((noisy[0] - c) for noisy, c in zip(seen[:2], clean[:2], strict=True))
-    np.testing.assert_allclose(first, second, atol=1e-6)
-    assert first.std() * 255 == pytest.approx(25, rel=0.02)
+def test_training_ends_early_where_the_loss_stands_still():
+    progress, settings = Progress(step=5), config(early_stop=3)
+    best = [note_validation(progress, loss, TINY, settings) for loss in (1.0, 0.5, 0.6, 0.5, 0.7)]
+    assert best == [True, True, False, False, False]
+    assert progress.fraction(settings) == 1.0
+    assert progress.best_loss == 0.5
+
+
+def test_epochs_become_steps_and_validations(folder):
+    plan = prepare(
+        config(data=(str(folder),), steps=None, validate_steps=None, epochs=2.5, batch=4),
+        replace(TINY, order="epochs"),
+    )
+    assert (plan.config.steps, plan.config.validate_steps) == (5, 2)
+    draws = prepare(config(data=(str(folder),), steps=None, epochs=1), TINY)
+    assert draws.config.steps == steps_of_epoch(TINY, draws.data) == 18
+    with pytest.raises(UsageError, match="unet-s has no length of its own: give --hours H"):
+        prepare(config(data=(str(folder),), steps=None, crop=32))
+    own = prepare(config(data=(str(folder),), steps=None, preset="photo-conv", crop=32))
+    assert own.config.steps == 50
+
+
+def test_settings_go_before_the_recipe(folder):
+    plan = prepare(
+        config(
+            data=(str(folder),), loss="charbonnier", optimizer="adamw", ema=0.5, crop=8, batch=2,
+            batch_scale=3, noise=("poisson:100", "gaussian:5+clip"), grey=1.0,
+        ),
+        TINY,
+    )  # fmt: skip
+    recipe = plan.preset
+    assert (recipe.loss, recipe.optimizer, recipe.ema) == ("charbonnier", "adamw", 0.5)
+    assert recipe.stages == (Stage(0.0, 8, 6), Stage(0.5, 8, 6))
+    assert parse_noise(recipe.noise) == parse_noise(["poisson:100", "gaussian:5+clip"])
+    assert (
+        prepare(config(data=(str(folder),), optimizer="adadelta"), TINY).preset.learning_rate == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("l1", 0.25),
+        ("mse", 0.0625),
+        ("charbonnier", math.sqrt(0.0625 + 1e-6)),
+        ("crossentropy", -(0.5 * math.log(0.75) + 0.5 * math.log(0.25))),
+    ],
+)
+def test_losses_have_their_known_values(name, value):
+    got = loss_function(name)(np.float32([0.75]), np.float32([0.5]))
+    assert float(got[0]) == pytest.approx(value, rel=1e-5)
+
+
+def test_psnr_is_of_8_bits():
+    clean = np.full((4, 4, 3), 100 / 255, np.float32)
+    assert psnr_of(clean + 0.4 / 255, clean) == pytest.approx(120)
+    assert psnr_of(clean + 5.4 / 255, clean) == pytest.approx(20 * math.log10(255 / 5), abs=1e-3)
+    assert psnr_of(clean + 9, clean) == pytest.approx(20 * math.log10(255 / 155), abs=1e-3)
 
 
 # --- training
 
 
-def test_the_loss_goes_down_and_the_psnr_up(images):
-    settings = config(steps=150, validate_steps=50, noise="gaussian:25")
-    reports = run(Trainer(settings, TINY, images))
+def test_the_loss_goes_down_and_the_psnr_up(data):
+    settings = config(steps=150, validate_steps=50)
+    recipe = replace(TINY, noise="gaussian:25")
+    trainer = Trainer(settings, recipe, data)
+    reports = run(trainer)
     losses = [metrics["loss"] for metrics, _ in reports]
     psnrs = [metrics["psnr"] for metrics, _ in reports]
     assert len(reports) == 3
     assert losses[1] < 0.9 * losses[0]
-    noisy_psnr = validation_psnr(lambda x: x, images.validation)
-    assert psnrs[-1] > noisy_psnr + 2.0
+    assert psnrs[-1] > np.mean([psnr_of(*pair) for pair in trainer.held_out]) + 2.0
+    assert reports[-1][0]["best"] == 1.0
 
 
-def test_a_schedule_reports_and_counts(images):
-    trainer = Trainer(config(), TINY, images)
+def test_a_schedule_reports_and_counts(data):
+    trainer = Trainer(config(), TINY, data)
     reports = run(trainer)
     assert [save for _, save in reports] == [True, True]
     assert all(math.isfinite(value) for metrics, _ in reports for value in metrics.values())
+    assert set(reports[0][0]) == {"loss", "val_loss", "psnr", "rate", "best"}
     assert trainer.progress.step == 24
     assert trainer.progress.pixels == 12 * 4 * 16**2 + 12 * 2 * 32**2
     assert trainer.progress.seconds > 0
     assert run(trainer) == []
 
 
-def test_the_seed_decides_the_first_weights(images):
+def test_the_seed_decides_the_first_weights(data):
     first, again, other = (
-        Trainer(config(seed=seed), TINY, images).model.get_weights() for seed in (0, 0, 1)
+        Trainer(config(seed=seed), TINY, data).model.get_weights() for seed in (0, 0, 1)
     )
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
@@ -335,12 +615,12 @@ def stop_at(step):
     return start
 
 
-def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(images, tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(data, tmp_path):
     settings = config(steps=24, validate_steps=6)
-    whole = Trainer(settings, TINY, images)
+    whole = Trainer(settings, TINY, data)
     reports = run(whole)
-    stop_at(6)(Trainer(settings, TINY, images), tmp_path)
-    resumed = Trainer(settings, TINY, images)
+    stop_at(6)(Trainer(settings, TINY, data), tmp_path)
+    resumed = Trainer(settings, TINY, data)
     resumed.load_state(tmp_path)
     assert resumed.progress.step == 6
     later = run(resumed)
@@ -355,12 +635,12 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(images, tmp_pa
     assert later[-1][0]["psnr"] == pytest.approx(reports[-1][0]["psnr"], abs=0.01)
 
 
-def test_a_state_comes_back_exactly(images, tmp_path):
-    trainer = Trainer(config(steps=12, validate_steps=6), TINY, images)
+def test_a_state_comes_back_exactly(data, tmp_path):
+    trainer = Trainer(config(steps=12, validate_steps=6), TINY, data)
     run(trainer)
     trainer.progress.best_psnr = -math.inf
     trainer.save_state(tmp_path)
-    other = Trainer(config(steps=12, seed=3), TINY, images)
+    other = Trainer(config(steps=12, seed=3), TINY, data)
     other.load_state(tmp_path)
     assert other.progress == trainer.progress
     mine = [*other.model.get_weights(), *other.ema, *(v.numpy() for v in other.optimizer.variables)]
@@ -373,9 +653,9 @@ def test_a_state_comes_back_exactly(images, tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_the_layout_of_a_state_stays(images, tmp_path):
+def test_the_layout_of_a_state_stays(data, tmp_path):
     """Runs that were begun with an earlier version go on with a later one."""
-    trainer = Trainer(config(), TINY, images)
+    trainer = Trainer(config(), TINY, data)
     trainer.save_state(tmp_path)
     with np.load(tmp_path / "state.npz") as arrays:
         names = set(arrays.files)
@@ -385,12 +665,17 @@ def test_the_layout_of_a_state_stays(images, tmp_path):
     expected |= {f"o{i:04d}" for i in range(2 + 2 * count)}
     assert names == expected
     progress = json.loads((tmp_path / "progress.json").read_text())
-    assert set(progress) == {"step", "pixels", "seconds", "best_psnr"}
+    assert set(progress) >= {"step", "pixels", "seconds", "best_psnr", "best_loss"}
+    (tmp_path / "progress.json").write_text(
+        '{"step": 7, "pixels": 70, "seconds": 1.5, "best_psnr": 30.0}'
+    )
+    trainer.load_state(tmp_path)
+    assert trainer.progress == Progress(7, 70, 1.5, best_psnr=30.0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "json", "keys", "preset"])
-def test_a_damaged_state_is_refused_and_changes_nothing(images, tmp_path, damage):
-    Trainer(config(), TINY, images).save_state(tmp_path)
+def test_a_damaged_state_is_refused_and_changes_nothing(data, tmp_path, damage):
+    Trainer(config(), TINY, data).save_state(tmp_path)
     state, progress = tmp_path / "state.npz", tmp_path / "progress.json"
     preset = TINY
     if damage == "missing":
@@ -410,7 +695,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(images, tmp_path, damage
                 "arguments": {"widths": (4, 6), "blocks": (1, 1), "channels": 3},
             }
         )
-    trainer = Trainer(config(), preset, images)
+    trainer = Trainer(config(), preset, data)
     before = trainer.model.get_weights()
     with pytest.raises(CheckpointError, match="no checkpoint of this preset"):
         trainer.load_state(tmp_path)
@@ -419,15 +704,15 @@ def test_a_damaged_state_is_refused_and_changes_nothing(images, tmp_path, damage
         np.testing.assert_array_equal(got, expected)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(images):
-    trainer = Trainer(config(), TINY, images)
+def test_a_loss_that_is_not_finite_ends_the_run(data):
+    trainer = Trainer(config(), TINY, data)
     trainer.model.set_weights([np.full_like(w, np.nan) for w in trainer.model.get_weights()])
     with pytest.raises(RunFailed, match=r"loss became nan at step 0\. The last checkpoint is good"):
         run(trainer)
 
 
-def test_weights_that_the_last_step_broke_are_never_kept(images):
-    trainer = Trainer(config(steps=2, validate_steps=1), TINY, images)
+def test_weights_that_the_last_step_broke_are_never_kept(data):
+    trainer = Trainer(config(steps=2, validate_steps=1), TINY, data)
     step = trainer._step
 
     def breaking(*arguments):
@@ -442,8 +727,8 @@ def test_weights_that_the_last_step_broke_are_never_kept(images):
     assert reports == []
 
 
-def test_the_squared_loss_takes_over_and_stages_change(images, monkeypatch):
-    trainer = Trainer(config(steps=10), TINY, images)
+def test_the_squared_loss_takes_over_and_stages_change(data, monkeypatch):
+    trainer = Trainer(config(steps=10), TINY, data)
     calls = []
     step = trainer._step
 
@@ -457,23 +742,65 @@ def test_the_squared_loss_takes_over_and_stages_change(images, monkeypatch):
     assert [squared for _, squared in calls] == [False] * 8 + [True] * 2
 
 
-def test_first_weights_can_come_from_a_checkpoint(images, tmp_path):
-    first = Trainer(config(), TINY, images)
+def test_first_weights_can_come_from_a_checkpoint(data, tmp_path):
+    first = Trainer(config(), TINY, data)
     run(first)
     card = {"architecture": "unet", "arguments": dict(TINY.arguments)}
     saved = save_checkpoint(tmp_path, first.ema, card).weights()
-    second = Trainer(config(), TINY, images, initial=saved)
+    second = Trainer(config(), TINY, data, initial=saved)
     for got, expected in zip(second.model.get_weights(), first.ema, strict=True):
         np.testing.assert_array_equal(got, expected)
     with pytest.raises(CheckpointError, match="--init"):
-        Trainer(config(), TINY, images, initial=saved[:-1])
+        Trainer(config(), TINY, data, initial=saved[:-1])
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(images):
-    with pytest.raises(UsageError, match=r"Crops of 64 px do not fit: .* side of 48 px"):
-        Trainer(config(), Preset("unet", TINY.arguments, 8, 1e-3, (Stage(0.0, 64, 4),)), images)
-    small = CleanImages(images.training, [picture(20, 64)])
-    with pytest.raises(UsageError, match=r"Crops of 32 px do not fit: .* side of 20 px"):
-        Trainer(config(), TINY, small)
+def test_what_does_not_fit_is_refused_before_the_first_step(folder):
     with pytest.raises(UsageError, match="--workers 3: batches of 4 crops"):
-        Trainer(config(workers=3), TINY, images)
+        prepare(config(data=(str(folder),), workers=3), TINY)
+    with pytest.raises(UsageError, match=r"crops of 64 px do not fit into 64x48"):
+        prepare(config(data=(str(folder),), crop=64), TINY)
+
+
+@pytest.mark.parametrize("mode", ["neighbor2neighbor", "noise2void"])
+def test_noisy_images_alone_teach_something(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        noisy = picture(seed=seed) + rng.normal(0, 30, (48, 64, 3))
+        write(tmp_path / f"{seed}.png", np.clip(noisy, 0, 255).astype(np.uint8))
+    settings = config(data=(str(tmp_path),), steps=120, self_supervised=mode, crop=16, batch=8)
+    plan = prepare(settings, TINY)
+    trainer = Trainer(plan.config, plan.preset, plan.data)
+    run(trainer)
+    clean = picture(seed=9)[None] / np.float32(255)
+    noisy = clean + rng.normal(0, 30 / 255, clean.shape).astype(np.float32)
+    trainer.model.set_weights(trainer.ema)
+    output = trainer._predict(noisy).numpy()
+    assert psnr_of(output, clean) > psnr_of(noisy, clean) + 2.0
+
+
+CLASSIC = [name for name in PRESETS if not name.startswith("unet") or name == "unet-mnist"]
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_every_classic_preset_takes_some_steps(tmp_path, name):
+    recipe = PRESETS[name]
+    rng = np.random.default_rng(0)
+    if recipe.sample:
+        idx(tmp_path / "images-idx3-ubyte.gz", rng.integers(0, 256, (12, 28, 28)).astype(np.uint8))
+    else:
+        for seed in range(4):
+            write(tmp_path / f"{seed}.png", picture(64, 64, seed=seed))
+    crop = None if recipe.sample else 64
+    plan = prepare(
+        config(data=(str(tmp_path),), preset=name, steps=3, validate_steps=3, batch=4, crop=crop)
+    )
+    trainer = Trainer(plan.config, plan.preset, plan.data)
+    before = trainer.model.get_weights()
+    ((metrics, _),) = run(trainer)
+    assert all(math.isfinite(value) for value in metrics.values())
+    after = trainer.model.get_weights()
+    moved = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert all(moved)
+    (noisy, clean, output) = next(iter(trainer.outputs(trainer.held_out)))
+    assert noisy.shape == clean.shape == output.shape == (*clean.shape[:2], recipe.channels)
+    assert 0.0 <= output.min() <= output.max() <= 1.0 or name == "unet-mnist"
