@@ -89,6 +89,11 @@ def _short(name: str, most: int = 30) -> str:
     return _plain(base if len(base) <= most else f"{base[:half]}…{base[-half:]}")
 
 
+def _fitting(name: str, width: float) -> str:
+    """A name short enough to stand under a picture of so many inches, in nine points."""
+    return _short(name, int(width * 12))
+
+
 def _db(value: float) -> str:
     return "∞ dB" if np.isinf(value) else f"{value:.2f} dB"
 
@@ -121,7 +126,7 @@ def _interpolation(pixels: Array) -> str:
 
 def _side(examples: Sequence[Example]) -> float:
     """Width of one image in a figure, in inches."""
-    return 1.6 if max(max(example.clean.shape[:2]) for example in examples) < SMALL else 2.4
+    return 1.8 if max(max(example.clean.shape[:2]) for example in examples) < SMALL else 2.4
 
 
 def _ratio(examples: Sequence[Example]) -> float:
@@ -148,7 +153,7 @@ def grid(
         _show(line[0], row[0].noisy, title=heads[0], below=_db(row[0].psnr_noisy))
         for axis, head, example in zip(line[1:-1], heads[1:-1], row, strict=True):
             _show(axis, example.denoised, title=head, below=_db(example.psnr) + _ssim(example.ssim))
-        _show(line[-1], row[0].clean, title=heads[-1], below=_short(name))
+        _show(line[-1], row[0].clean, title=heads[-1], below=_fitting(name, side))
     return _finish(
         figure,
         name=file_name("grid", noise),
@@ -176,7 +181,7 @@ def side_by_side(each: Mapping[str, Example], *, noise: str, image: str) -> Draw
         words = "noisy" if method == IDENTITY else _short(method)
         example = each[method]
         _show(axis, example.denoised, title=words, below=_db(example.psnr) + _ssim(example.ssim))
-    _show(axes[len(order)], each[order[0]].clean, title="clean", below=_short(image))
+    _show(axes[len(order)], each[order[0]].clean, title="clean", below=_fitting(image, side))
     return _finish(
         figure,
         name=file_name("methods", noise),
@@ -191,33 +196,21 @@ def gallery(examples: Sequence[tuple[str, Example]], *, kind: str, model: str, n
     """The worst or best images of a model, one a row: noisy, denoised, clean, error map."""
     known = [example for _, example in examples]
     side, ratio = _side(known), _ratio(known)
-    figure = _figure(side * 4 + 0.7, (side * ratio + 0.26) * len(examples) + 0.24)
+    figure = _figure(side * 4 + 0.75, (side * ratio + 0.26) * len(examples) + 0.24)
     _pack(figure)
-    axes = figure.subplots(len(examples), 4, squeeze=False)
-    top = max(
-        8, int(np.quantile(np.concatenate([example.error.ravel() for example in known]), 0.999))
-    )
+    axes = figure.subplots(len(examples), 5, squeeze=False, width_ratios=[1, 1, 1, 1, 0.06])
+    for axis in axes[1:, 4]:
+        axis.axis("off")
+    levels = np.concatenate([example.error.ravel() for example in known])
+    top = max(8, int(np.quantile(levels, 0.999)))
     for line, (place, (name, example)) in zip(axes, enumerate(examples), strict=True):
         heads = ("noisy", "denoised", "clean", "error") if place == 0 else ("",) * 4
+        figures = _db(example.psnr) + _ssim(example.ssim)
         _show(line[0], example.noisy, title=heads[0], below=_db(example.psnr_noisy))
-        _show(
-            line[1], example.denoised, title=heads[1], below=_db(example.psnr) + _ssim(example.ssim)
-        )
-        _show(line[2], example.clean, title=heads[2], below=_short(name))
-        drawn = line[3].imshow(
-            example.error,
-            cmap=ERROR_MAP,
-            vmin=0,
-            vmax=top,
-            interpolation=_interpolation(example.error),
-        )
-        y, x = example.at
-        whole = example.size == example.error.shape
-        _bare(line[3], title=heads[3], below="" if whole else f"crop at {x}, {y}")
-    bar = figure.colorbar(drawn, ax=axes[:, 3], fraction=0.06, pad=0.02, aspect=16 * len(examples))
-    bar.set_label("|denoised − clean|, levels of 255", fontsize=9, color=SOFT)
-    bar.ax.tick_params(labelsize=8, colors=SOFT)
-    bar.outline.set_visible(False)
+        _show(line[1], example.denoised, title=heads[1], below=figures)
+        _show(line[2], example.clean, title=heads[2], below=_fitting(name, side))
+        drawn = _show_error(line[3], example, top=top, title=heads[3])
+    _color_bar(figure, drawn, axes[0, 4])
     return _finish(
         figure,
         name=file_name(kind, posixpath.basename(model), noise),
@@ -228,6 +221,28 @@ def gallery(examples: Sequence[tuple[str, Example]], *, kind: str, model: str, n
         + " first; large images show the place of their largest error.",
         photo=True,
     )
+
+
+def _show_error(axes: Any, example: Example, *, top: int, title: str) -> Any:
+    """Draw |denoised - clean|; black is none, the brightest `top` levels and more."""
+    drawn = axes.imshow(
+        example.error,
+        cmap=ERROR_MAP,
+        vmin=0,
+        vmax=top,
+        interpolation=_interpolation(example.error),
+    )
+    y, x = example.at
+    whole = example.size == example.error.shape
+    _bare(axes, title=title, below="" if whole else f"crop at {x}, {y}")
+    return drawn
+
+
+def _color_bar(figure: Any, drawn: Any, axes: Any) -> None:
+    bar = figure.colorbar(drawn, cax=axes)
+    bar.set_label("|denoised − clean|, of 255", fontsize=8, color=SOFT)
+    bar.ax.tick_params(labelsize=8, colors=SOFT)
+    bar.outline.set_visible(False)
 
 
 # --- Plots ------------------------------------------------------------------------------------
@@ -247,9 +262,9 @@ def _style(axes: Any, *, x: str, y: str) -> None:
 
 def _look(method: str, place: int, models: Sequence[str]) -> dict[str, Any]:
     """Models are thick lines, filters thin and dashed, the noisy input grey dots."""
-    color = COLORS[place % len(COLORS)]
+    color = COLORS[(place - 1) % len(COLORS)]  # the noisy input is the first
     if method == IDENTITY:
-        return {"color": SOFT, "linestyle": ":", "linewidth": 1.8}
+        return {"color": SOFT, "linestyle": ":", "linewidth": 1.8, "zorder": 5}
     if method in models:
         return {"color": color, "linestyle": "-", "linewidth": 2.4}
     return {"color": color, "linestyle": "--", "linewidth": 1.4}
@@ -266,7 +281,7 @@ def curves(
     models: Sequence[str],
 ) -> Drawn:
     """Mean PSNR against sigma, a line for each method, with the confidence interval as a band."""
-    figure = _figure(7.6, 4.6)
+    figure = _figure(6.2, 4.8)
     axes = figure.subplots()
     _style(axes, x="sigma of the Gaussian noise, of 255", y="PSNR, dB")
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
@@ -283,7 +298,7 @@ def curves(
             low, high = ([value[end] for _, value in points] for end in ("low", "high"))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set_xticks([s for s, _ in levels], [f"{s:g}" for s, _ in levels])
-    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=4)
     return _finish(
         figure,
         name="psnr-against-sigma",
@@ -296,7 +311,7 @@ def curves(
 
 def residuals(counts: Mapping[str, Array], *, noise: str, models: Sequence[str]) -> Drawn:
     """Histograms of the result minus the clean image, on a logarithmic scale."""
-    figure = _figure(7.6, 4.2)
+    figure = _figure(6.2, 5.2)
     axes = figure.subplots()
     _style(axes, x="result − clean, levels of 255", y="share of values")
     levels = np.arange(BINS) - BINS // 2
@@ -317,7 +332,7 @@ def residuals(counts: Mapping[str, Array], *, noise: str, models: Sequence[str])
     axes.set_yscale("log")
     axes.set_xlim(-widest, widest)
     axes.set_ylim(1e-6, 1.5)
-    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=2)
     return _finish(
         figure,
         name=file_name("residuals", noise),
