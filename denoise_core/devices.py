@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 # CPUs that multiply bfloat16 in hardware; elsewhere it is emulated and slower than float32.
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+DEFAULT_MEMORY = 4 << 30
 
 
 def cpu_has_bfloat16() -> bool:
@@ -60,6 +62,29 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         return os.cpu_count() or 1
+
+
+def device_memory() -> int:
+    """Return the bytes that one patch may count on: the smallest GPU's, else a core's share here.
+
+    Asks `nvidia-smi`, so that nothing has to import TensorFlow. A driver without GPU answers for
+    its own machine, where every core works on a patch of its own.
+    """
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+        return min(int(line) for line in done.stdout.split()) << 20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return _free_memory() // cores()
+
+
+def _free_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        table = dict(line.split(":", 1) for line in lines if ":" in line)
+        return int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return DEFAULT_MEMORY
 
 
 def choose_precision(wanted: str, tf: Any) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
+from denoise_core.export import check_export
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
@@ -165,6 +166,8 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
             )
     if config.init is not None:
         load_checkpoint(config.init)
+    if config.export is not None:
+        check_export(config.export)
     history = join(config.output, HISTORY)
     storage = storage_for(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
     if storage.stat(history) is not None and not config.resume:
@@ -391,7 +394,7 @@ class Trainer:
                     if at == 0:
                         # Starting a stream of crops is no training.
                         clock.resume()
-                    losses.append(self._train_step(noisy, clean, fraction=fraction))
+                    losses.append(self.train_step(noisy, clean, fraction=fraction))
                     self.progress.seconds += clock.lap()
                     self.progress.pixels += noisy.size // noisy.shape[-1] * self.config.workers
                     if tick is not None and clock.tick_due():
@@ -416,7 +419,8 @@ class Trainer:
     def _checkpoint_due(self, seconds: float) -> bool:
         return self.config.workers == 1 and seconds >= self.config.checkpoint_minutes * 60.0
 
-    def _train_step(self, noisy: Array, clean: Array, *, fraction: float) -> float:
+    def train_step(self, noisy: Array, clean: Array, *, fraction: float) -> float:
+        """Take one optimizer step at that share of the schedule; return the loss."""
         import tensorflow as tf
 
         rate = learning_rate(self.preset, self.config, self.progress)

@@ -2,6 +2,7 @@
 
     python -m jobs.benchmark throughput --output DIR [--megapixels 200] [--data PHOTOS]
     python -m jobs.benchmark quality    --output DIR --data CLEAN [--baselines NAME,NAME]
+    python -m jobs.benchmark input      --output DIR --data CLEAN [--preset NAME]
     python -m jobs.benchmark precision | memory | listing --output DIR
     python -m jobs.benchmark all        --output DIR --data CLEAN,CLEAN
 
@@ -20,6 +21,7 @@ from typing import Any
 import click
 
 from denoise_core.benchmarks import (
+    InputConfig,
     ListingConfig,
     MemoryConfig,
     PrecisionConfig,
@@ -37,6 +39,7 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
     "throughput": (ThroughputConfig, "Mpx/s of jobs.denoise, of a plain loop, of the bare model."),
     "quality": (QualityConfig, "PSNR and SSIM beside Mpx/s, of models and classical filters."),
     "precision": (PrecisionConfig, "float32 against bfloat16: speed and dB."),
+    "input": (InputConfig, "Training's steps/s with Ray Data's crops and with some in memory."),
     "memory": (MemoryConfig, "Peak memory of the workers: one large TIFF, and photographs."),
     "listing": (ListingConfig, "Time and memory of planning a million images."),
 }

@@ -40,6 +40,7 @@ class Display:
         self.config, self.json = config, config.progress == "json"
         self.bar = TrainingBar() if is_live(config.progress) else None
         self.best: dict[str, Any] = {}
+        self.exported: dict[str, Any] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -52,6 +53,9 @@ class Display:
 
     def show(self, row: dict[str, Any]) -> None:
         """Show a report; those between validations only move the bar."""
+        if "export" in row:
+            self.exported = row
+            return
         if row.get("best"):
             self.best = row
         if self.bar is not None:
@@ -70,8 +74,13 @@ class Display:
         """Print the best figures and the path of the model."""
         if self.json:
             known = {k: self.best.get(k) for k in ("step", "val_loss", "psnr")}
-            click.echo(json.dumps({"done": {**known, "model": best}}))
+            click.echo(json.dumps({"done": {**known, "model": best, **self.exported}}))
             return
+        if self.exported:
+            click.echo(
+                f"Exported to {self.exported['export']}; run beside the model it differs by at "
+                f"most {self.exported['difference']:.1e}."
+            )
         figures = f", {figure_text(self.best)} at step {self.best['step']}" if self.best else ""
         click.echo(
             f"Done{figures}. Use it with: python -m jobs.denoise INPUT --output OUT --model {best}"

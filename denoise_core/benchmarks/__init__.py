@@ -9,6 +9,7 @@ function in a process of its own, `pictures.py` makes the images, `tables.py` wr
 measured. Nothing here imports Ray; every figure is measured when it is written.
 """
 
+from denoise_core.benchmarks.input import InputConfig
 from denoise_core.benchmarks.listing import ListingConfig
 from denoise_core.benchmarks.memory import MemoryConfig
 from denoise_core.benchmarks.precision import PrecisionConfig
@@ -17,6 +18,7 @@ from denoise_core.benchmarks.tables import Result, join_results, write_result
 from denoise_core.benchmarks.throughput import ThroughputConfig
 
 __all__ = [
+    "InputConfig",
     "ListingConfig",
     "MemoryConfig",
     "PrecisionConfig",

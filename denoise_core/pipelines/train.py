@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ from denoise_core.errors import DenoiseError, RunFailed, StorageError
 from denoise_core.models import architecture, input_size
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
-from denoise_core.training import HISTORY, Plan, Trainer, places_of
+from denoise_core.training import HISTORY, Plan, Source, Trainer, places_of
 from denoise_core.training_data import Picture, Sampler, TrainingData
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
@@ -272,6 +273,44 @@ def quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
 
 
+def input_rates(plan: Plan, *, steps: int, warm: int = 10) -> dict[str, float]:
+    """Return optimizer steps a second with one batch in memory, a thread's and Ray Data's batches.
+
+    Starts a local Ray. The batch in memory is measured first and last, and averaged: what else the
+    machine does weighs on all alike.
+    """
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    trainer = Trainer(plan.config, plan.preset, plan.data)
+    stage = plan.preset.stages[0]
+
+    def in_memory(stage: Stage, *, step: int) -> Iterator[tuple[Array, Array]]:
+        places = trainer.places(stage)
+        batch = trainer.sampler.batch(step=step, crop=stage.crop, places=places, size=stage.batch)
+        while True:
+            yield batch
+
+    stream = RayStream(plan.data.training, plan.config, plan.preset, rank=0)
+    rates: dict[str, list[float]] = {"memory": [], "ray": [], "thread": []}
+    sources: dict[str, Source] = {"memory": in_memory, "ray": stream, "thread": trainer.source}
+    for name in ("memory", "ray", "thread", "memory"):
+        rates[name].append(_rate(trainer, sources[name](stage, step=0), steps=steps, warm=warm))
+    return {name: float(np.mean(values)) for name, values in rates.items()}
+
+
+def _rate(
+    trainer: Trainer, batches: Iterator[tuple[Array, Array]], *, steps: int, warm: int
+) -> float:
+    for place, (noisy, clean) in enumerate(batches):
+        if place == warm:
+            started = time.perf_counter()
+        trainer.train_step(noisy, clean, fraction=0.0)
+        if place == warm + steps:
+            break
+    batches.close()  # type: ignore[attr-defined]
+    return steps / (time.perf_counter() - started)
+
+
 # --- a worker -----------------------------------------------------------------------------------
 
 
@@ -331,6 +370,26 @@ def _train(config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue)
     trainer.run(
         lambda metrics, save: reporter.report(metrics), tick=reporter.tick if rank == 0 else None
     )
+    if rank == 0 and config.export is not None:
+        mail.put(export_best(config))
+
+
+def export_best(config: TrainConfig) -> dict[str, Any]:
+    """Write the best model to OUT/export; return its URI and its largest difference."""
+    from denoise_core.export import ENDINGS, export_model
+
+    files, name = RunFiles(config), f"export/{config.preset}{ENDINGS[config.export or '']}"
+    with tempfile.TemporaryDirectory(prefix="denoise-") as text:
+        folder = Path(text)
+        for part in ("model.json", "model.safetensors"):
+            (folder / part).write_bytes(files.read(f"best/{part}") or b"")
+        written = folder / "export"
+        difference = export_model(load_checkpoint(text), format=config.export or "", path=written)
+        for path in [written] if written.is_file() else sorted(written.rglob("*")):
+            if path.is_file():
+                inner = path.relative_to(written).as_posix() if path != written else ""
+                files.write(f"{name}/{inner}" if inner else name, path.read_bytes())
+    return {"export": files.uri(name), "difference": difference}
 
 
 class Reporter:

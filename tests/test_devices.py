@@ -1,0 +1,34 @@
+"""What the machine can do: memory by nvidia-smi or by /proc, cores."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from denoise_core import devices
+
+
+def test_memory_of_the_smallest_gpu(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81559\necho 24576\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert devices.device_memory() == 24576 * 2**20
+
+
+def test_without_a_gpu_the_cores_share_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(devices, "cores", lambda: 1)
+    whole = devices.device_memory()
+    assert 2**26 < whole <= physical
+    monkeypatch.setattr(devices, "cores", lambda: 10**6)
+    assert devices.device_memory() < 2**20
+
+
+def test_a_broken_nvidia_smi_is_as_none(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert devices.device_memory() > 2**26
