@@ -309,3 +309,111 @@ def test_geometry_is_resolved_by_the_card():
     assert (small, large) == (256, 1024)
     with pytest.raises(UsageError, match="--patch 100: the model needs a multiple of 8"):
         resolve_geometry(card, patch="100", halo="auto")
+
+
+SIZE = (16, 24)
+DENSE = {"size": list(SIZE), "channels": 1, "widths": [4, 4], "latent": 6, "dropout": 0.0}
+DENSE_CARD = {
+    "architecture": "dense",
+    "arguments": DENSE,
+    "total_stride": 4,
+    "default_halo": 0,
+    "exact_halo": 0,
+    "input_size": list(SIZE),
+}
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """A checkpoint of a network that takes 16x24 grey pixels and nothing else."""
+    rng = np.random.default_rng(0)
+    shapes = [w.shape for w in build_model("dense", **DENSE).get_weights()]
+    weights = [rng.normal(0, 0.4, shape).astype(np.float32) for shape in shapes]
+    return save_checkpoint(tmp_path_factory.mktemp("dense"), weights, DENSE_CARD)
+
+
+def test_an_image_of_the_input_size_is_one_window(sized):
+    denoiser = Denoiser(sized, precision="float32")
+    denoiser.warm_up()
+    image = picture(*SIZE, 1)
+    assert len(denoiser.geometry.regions(*SIZE)[0].patches) == 1
+    (got,) = denoiser.denoise([image])
+    expected = np.asarray(sized.build()(image[None]))[0]
+    assert np.std(expected) > 0.01
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(16, 5), (3, 24), (1, 1), (7, 9)])
+def test_a_smaller_image_is_mirrored_to_the_input_size(sized, size):
+    image = picture(*size, 1)
+    (got,) = Denoiser(sized, precision="float32").denoise([image])
+    missing = [(0, whole - side) for whole, side in zip(SIZE, size, strict=True)]
+    padded = np.pad(image, (*missing, (0, 0)), mode="symmetric")
+    expected = np.asarray(sized.build()(padded[None]))[0, : size[0], : size[1]]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("halo", ["0", "4"])
+@pytest.mark.parametrize("size", [(17, 24), (50, 70), (16, 100)])
+def test_every_pixel_of_a_larger_image_is_that_of_its_window(sized, size, halo):
+    geometry = resolve_geometry(sized.card, patch="256", halo=halo)
+    denoiser = Denoiser(sized, geometry=geometry, precision="float32")
+    image = picture(*size, 3)
+    (got,) = denoiser.denoise([image])
+    seen = np.zeros(size, int)
+    model = sized.build()
+    for patch in geometry.regions(*size)[0].patches:
+        y, x = patch.y, patch.x
+        assert patch.shape == SIZE
+        assert (y.first % 4, x.first % 4) == (0, 0)
+        for tile, side in ((y, size[0]), (x, size[1])):
+            assert tile.start == 0 or tile.start - tile.first >= int(halo)
+            assert tile.stop == side or tile.last - tile.stop >= int(halo)
+        window = image[y.first : y.last, x.first : x.last]
+        missing = [(0, SIZE[0] - window.shape[0]), (0, SIZE[1] - window.shape[1]), (0, 0)]
+        window = np.pad(window, missing, mode="symmetric")
+        planes = np.asarray(model(np.moveaxis(window, 2, 0)[..., None]))
+        core = np.moveaxis(planes[..., 0], 0, 2)[
+            y.start - y.first : y.stop - y.first, x.start - x.first : x.stop - x.first
+        ]
+        np.testing.assert_allclose(got[y.start : y.stop, x.start : x.stop], core, atol=1e-6)
+        seen[y.start : y.stop, x.start : x.stop] += 1
+    np.testing.assert_array_equal(seen, 1)
+
+
+def test_with_one_input_size_regions_and_neighbours_change_no_byte(sized):
+    geometry = resolve_geometry(sized.card, patch="256", halo="4")
+    denoiser = Denoiser(sized, geometry=geometry, precision="float32")
+    images = [picture(90, 70, 1), picture(16, 24, 1), picture(5, 40, 3)]
+    alone = [denoiser.denoise([image])[0] for image in images]
+    for got, expected in zip(denoiser.denoise(images), alone, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    result = np.full((90, 70, 1), np.nan, np.float32)
+    for region in geometry.regions(90, 70, region=32):
+        y0, y1, x0, x1 = region.window(90, 70)
+        part = Part(images[0][y0:y1, x0:x1], region, (y0, x0), 0.0, 1.0)
+        y0, y1, x0, x1 = region.core
+        (result[y0:y1, x0:x1],) = denoiser.denoise_parts([part])
+    np.testing.assert_array_equal(result, alone[0])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0)])
+def test_a_model_sees_the_range_of_its_card(sized, low, high):
+    from dataclasses import replace
+
+    checkpoint = replace(sized, card={**sized.card, "data_range": [low, high]})
+    image = np.random.default_rng(0).integers(0, 65536, (*SIZE, 1), dtype=np.uint16)
+    (got,) = Denoiser(checkpoint, precision="float32").denoise([image])
+    seen = image / np.float32(65535) * np.float32(high - low) + np.float32(low)
+    expected = (np.asarray(sized.build()(seen[None]))[0] - low) / (high - low)
+    np.testing.assert_allclose(got / 65535, expected, atol=1e-5)
+
+
+def test_geometry_of_one_input_size():
+    assert resolve_geometry(DENSE_CARD, patch="256", halo="auto") == Geometry(16, 0, 4, SIZE)
+    assert resolve_geometry(DENSE_CARD, patch="auto", halo="3") == Geometry(8, 4, 4, SIZE)
+    assert resolve_geometry(DENSE_CARD, patch="8", halo="4") == Geometry(8, 4, 4, SIZE)
+    with pytest.raises(UsageError, match=r"--patch 64: the model takes 16x24 pixels and no other"):
+        resolve_geometry(DENSE_CARD, patch="64", halo="auto")
+    with pytest.raises(UsageError, match=r"--halo 8: .* leave no core; expected at most 4"):
+        resolve_geometry(DENSE_CARD, patch="256", halo="7")

@@ -20,7 +20,16 @@ FLOORS = [
     {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"}
     | {"idx", "space", "trials"},
     {"checkpoints", "keras_files", "worklist", "results", "lock"},
-    {"denoiser", "training_data", "training", "assemble", "report", "samples", "evaluation"},
+    {
+        "denoiser",
+        "export",
+        "training_data",
+        "training",
+        "assemble",
+        "report",
+        "samples",
+        "evaluation",
+    },
     {"benchmarks", "pipelines"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

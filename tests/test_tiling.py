@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from denoise_core.tiling import regions, round_up, split
+from denoise_core.tiling import fixed_regions, regions, round_up, split, split_fixed
 
 LENGTHS = st.integers(1, 5000)
 CORES = st.sampled_from([32, 64, 100, 256, 512])
@@ -67,3 +67,34 @@ def test_small_images_are_not_cut_nor_padded_beyond_the_stride():
 def test_impossible_sizes_are_refused(bad):
     with pytest.raises(ValueError, match="must be positive"):
         split(**{"length": 10, "core": 32, "halo": 8, "stride": 8, **bad})
+
+
+@given(
+    length=st.integers(1, 400),
+    size=st.sampled_from([16, 28, 64]),
+    halo=st.sampled_from([0, 4]),
+    stride=st.sampled_from([1, 2, 4]),
+)
+def test_windows_of_one_size_own_every_pixel_with_its_halo(length, size, halo, stride):
+    tiles = split_fixed(length, size=size, halo=halo, stride=stride)
+    assert (tiles[0].start, tiles[-1].stop) == (0, length)
+    for tile, after in zip(tiles, [*tiles[1:], None], strict=True):
+        assert tile.length == size
+        assert tile.first % stride == 0
+        assert tile.first <= tile.start < tile.stop <= tile.last
+        assert tile.start == 0 or tile.start - tile.first >= halo
+        assert after is None or (tile.stop == after.start and tile.last - tile.stop >= halo)
+    # Beyond the axis there is only what the stride or a short axis make necessary.
+    assert tiles[-1].last - length < max(stride, size - length + 1)
+
+
+def test_regions_of_one_window_size_keep_sides_apart():
+    cut = fixed_regions(60, 100, size=(20, 30), halo=2, stride=2, region=64)
+    assert {patch.shape for part in cut for patch in part.patches} == {(20, 30)}
+    assert sum((y1 - y0) * (x1 - x0) for y0, y1, x0, x1 in (part.core for part in cut)) == 6000
+    assert len(cut) == 4
+
+
+def test_a_halo_that_leaves_no_core_is_refused():
+    with pytest.raises(ValueError, match="size=28, halo=14"):
+        split_fixed(100, size=28, halo=14, stride=1)

@@ -41,7 +41,7 @@ def read_card(path: Path, *, model_range: str = "auto", measure: bool = True) ->
         "name": path.name,
         "architecture": "keras-file",
         "arguments": {"channels": description.channels},
-        "input_size": description.input_size,
+        "input_size": list(description.input_size) if description.input_size else None,
         "data_range": [low, high],
         "float32_only": True,
         "sha256": digest,

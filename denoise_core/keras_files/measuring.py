@@ -21,12 +21,17 @@ import numpy as np
 from denoise_core.config import parse_data_range
 from denoise_core.errors import CheckpointError
 from denoise_core.keras_files.loading import load_model
-from denoise_core.keras_files.reading import describe
-from denoise_core.keras_files.receptive import measure
+from denoise_core.keras_files.reading import Description, describe
+from denoise_core.keras_files.receptive import Receptive, measure, smooth_picture
+from denoise_core.tiling import round_up
 
 # A new way of measuring makes earlier figures void.
 MEASUREMENT = 1
 MEASURE_S = 600
+# Ranges that models are trained on, and by how much another one must be better to be spoken of.
+RANGES = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))
+RANGE_DB = 3.0
+NOISE = 25 / 255
 
 Figures = dict[str, Any]
 
@@ -104,12 +109,38 @@ def measure_file(path: Path, bounds: tuple[float, float]) -> Figures:
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    notes = found.note, _range_note(model, description, found, bounds)
     return {
         "total_stride": found.stride,
         "default_halo": found.default_halo,
         "exact_halo": found.exact_halo,
-        "notes": [found.note] if found.note else [],
+        "notes": [note for note in notes if note],
     }
+
+
+def _range_note(
+    model: Any, description: Description, found: Receptive, bounds: tuple[float, float]
+) -> str:
+    """Return a sentence where the model denoises a made picture better in another usual range."""
+    side = round_up(96, found.stride)
+    height, width = description.input_size or (side, side)
+    clean = smooth_picture(height, width)[None, ..., None].repeat(description.channels, axis=3)
+    noise = np.random.default_rng(0).normal(0, NOISE, clean.shape)
+    noisy = (clean + noise).astype(np.float32)
+
+    def psnr(pair: tuple[float, float]) -> float:
+        result = _predict(model, pair)(noisy)
+        error = np.inf if result is None else float(np.mean((result - clean) ** 2))
+        return -10 * float(np.log10(error + 1e-12))
+
+    own, best = psnr(bounds), max(RANGES, key=psnr)
+    if psnr(best) < max(own + RANGE_DB, -20 * np.log10(NOISE)):
+        return ""
+    return (
+        f"It removes noise better from a made picture with --model-range {best[0]:g}:{best[1]:g} "
+        f"({psnr(best):.1f} dB) than with {bounds[0]:g}:{bounds[1]:g} ({own:.1f} dB): is that the "
+        "range it was trained on?"
+    )
 
 
 def _predict(model: Any, bounds: tuple[float, float]) -> Callable[[np.ndarray], np.ndarray | None]:

@@ -5,8 +5,8 @@
 Nothing but the function is looked at, in float32 on made pictures:
 - where half of a picture is changed to other values, the change reaches as far into the other half
   as the receptive radius (the exact halo), to within INVISIBLE of the value range;
-- two windows, moved against each other by a core, agree where they meet once each has enough
-  context there: the least halo for which they do to within half an 8-bit level is the default.
+- two windows, moved against each other, agree where both have enough context: the least halo with
+  which they do to within half an 8-bit level is the default.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ class Receptive:
     note: str = ""
 
 
+def smooth_picture(height: int, width: int) -> Array:
+    """Return (h, w) float32 in [0.25, 0.75] without noise."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    return np.asarray(0.5 + 0.25 * np.sin(x / 7) * np.cos(y / 5), np.float32)
+
+
 def measure(
     predict: Predict,
     *,
@@ -81,7 +87,7 @@ def _measure_free(probe: _Probe, strides: Sequence[int]) -> Receptive:
             halo, _ = _least_halo(probe, None, stride=stride, most=exact)
             return Receptive(stride, halo, exact)
     halo, seam = _least_halo(probe, None, stride=taken[-1], most=MOST_HALO)
-    note = f"a pixel depends on the whole input, however large it is{_remaining(halo, seam)}"
+    note = f"A pixel depends on the whole input, however large. {_remaining(halo, seam)}".strip()
     return Receptive(taken[-1], halo, halo, note)
 
 
@@ -100,7 +106,7 @@ def _measure_fixed(probe: _Probe, size: tuple[int, int], strides: Sequence[int])
             f"the model does not give images of {size[0]}x{size[1]} pixels back in their own shape."
         )
     fitting = [stride for stride in strides if size[0] % stride == size[1] % stride == 0]
-    stride, exact = fitting[-1], 0
+    stride, exact, radius = fitting[-1], 0, None
     for candidate in fitting:
         radius = probe.radius(size, candidate)
         if radius is None:
@@ -111,8 +117,12 @@ def _measure_fixed(probe: _Probe, size: tuple[int, int], strides: Sequence[int])
             stride, exact = candidate, round_up(radius, candidate)
             break
     most = min(size) // 4 // stride * stride
+    if radius is not None:
+        most = min(most, exact)
     halo, seam = _least_halo(probe, size, stride=stride, most=most)
-    note = _remaining(halo, seam).removeprefix("; ")
+    note = _remaining(halo, seam)
+    if radius is None:
+        note = f"A pixel depends on the whole {size[0]}x{size[1]} window. {note}".strip()
     return Receptive(stride, halo, max(halo, exact), note)
 
 
@@ -127,7 +137,7 @@ def _least_halo(
     seams: dict[int, float] = {}
     for halo in (*range(0, most, round_up(STEP, stride)), most):
         side = round_up(32, stride) + 2 * halo
-        seams[halo] = probe.seam(size or (side, side), halo)
+        seams[halo] = probe.seam(size or (side, side), halo=halo, stride=stride)
         if seams[halo] <= HALF_LEVEL:
             return halo, seams[halo]
     best = min(seams, key=lambda halo: (seams[halo], halo))
@@ -138,10 +148,10 @@ def _least_halo(
 def _remaining(halo: int, seam: float) -> str:
     if seam <= HALF_LEVEL:
         return ""
-    what = f"with a halo of {halo}" if halo else "without a halo, as none would help,"
+    halo_text = f"a halo of {halo}" if halo else "no halo, as none would help"
     return (
-        f"; {what} neighbouring patches differ by up to {255 * seam:.1f} levels of 255 where they "
-        "meet"
+        f"With {halo_text}, neighbouring patches of made pictures differ by up to "
+        f"{255 * seam:.1f} levels of 255 where they meet."
     )
 
 
@@ -166,14 +176,15 @@ class _Probe:
         return result
 
     def pictures(self, height: int, width: int) -> Array:
-        """Return (3, h, w, C): smooth with noise of 25/255, smooth with edges, noise alone."""
+        """Return (4, h, w, C): noise of 25/255, edges, noise of 64/255, white strokes on black."""
         rng = np.random.default_rng(0)
         y, x = np.mgrid[:height, :width].astype(np.float32)
-        smooth = 0.5 + 0.25 * np.sin(x / 7) * np.cos(y / 5)
+        smooth = smooth_picture(height, width)
         edges = smooth + np.where((x // 13 + y // 9) % 2 == 0, 0.2, -0.2)
-        planes = np.stack([smooth, edges, np.full_like(smooth, 0.5)])
+        strokes = np.where(np.abs(np.sin(x / 6 + np.cos(y / 5))) < 0.3, 1.0, 0.0)
+        planes = np.stack([smooth, edges, np.full_like(smooth, 0.5), strokes])
         values = np.repeat(planes[..., None], self.channels, axis=3)
-        sigma = np.array([25 / 255, 0.0, 0.25]).reshape(3, 1, 1, 1)
+        sigma = np.array([25, 0, 64, 25]).reshape(4, 1, 1, 1) / 255
         noisy = values + sigma * rng.standard_normal(values.shape)
         return noisy.astype(np.float32)
 
@@ -211,13 +222,16 @@ class _Probe:
         moved = second[:, radius : height - radius - stride, radius : width - radius - stride]
         return bool(np.abs(first[:, rows, columns] - moved).max() <= HALF_LEVEL)
 
-    def seam(self, size: tuple[int, int], halo: int) -> float:
-        """Return the largest difference of two neighbouring windows where their cores meet."""
-        return max(self._seam(size, halo, axis) for axis in (1, 2))
+    def seam(self, size: tuple[int, int], *, halo: int, stride: int) -> float:
+        """Return the largest difference of two windows where both have a context of `halo`.
 
-    def _seam(self, size: tuple[int, int], halo: int, axis: int) -> float:
+        `halo` is a multiple of `stride`, and the windows are moved by such a one.
+        """
+        return max(self._seam(size, halo, stride, axis) for axis in (1, 2))
+
+    def _seam(self, size: tuple[int, int], halo: int, stride: int, axis: int) -> float:
         length = size[axis - 1]
-        step = length - 2 * max(halo, 1)
+        step = length - 2 * halo - stride
         sides = list(size)
         sides[axis - 1] += step
         whole = self.pictures(*sides)
@@ -225,8 +239,6 @@ class _Probe:
             self.run(np.ascontiguousarray(np.take(whole, range(at, at + length), axis=axis)))
             for at in (0, step)
         )
-        # The last pixel that the first window owns and the first of the second one.
-        here = [length - halo - 1, length - halo] if halo else [length - 2, length - 1]
-        there = [place - step for place in here]
-        difference = np.take(first, here, axis=axis) - np.take(second, there, axis=axis)
+        here = np.arange(length - halo - stride, length - halo)
+        difference = np.take(first, here, axis=axis) - np.take(second, here - step, axis=axis)
         return float(np.abs(difference).max())

@@ -23,6 +23,7 @@ from denoise_core import results, worklist
 from denoise_core.checkpoints import Checkpoint, load_checkpoint, shipped_names
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry
+from denoise_core.devices import device_memory
 from denoise_core.errors import ObjectNotFound, UsageError
 from denoise_core.lock import Lock, output_lock
 from denoise_core.pipelines.job import Facts, Job, now
@@ -115,13 +116,15 @@ def model_notes(config: DenoiseConfig, checkpoint: Checkpoint, geometry: Geometr
     if "notes" not in card:
         return
     low, high = card["data_range"]
-    size = "x".join(map(str, card["input_size"])) if card["input_size"] else "images of any size"
+    channels = card["arguments"]["channels"]
+    sizes = card["input_size"]
+    takes = "x".join(map(str, [*sizes, channels])) if sizes else f"any size of {channels} channels"
     yield (
-        f"{checkpoint.name}: {size}, {card['arguments']['channels']} channel(s), values "
-        f"{low:g}:{high:g}; patches of {geometry.patch} with a halo of {geometry.halo} (measured: "
-        f"{card['default_halo']}, exact {card['exact_halo']})."
+        f"{checkpoint.name}: takes {takes}, values {low:g}:{high:g}; patches of {geometry.patch} "
+        f"with a halo of {geometry.halo} (measured: {card['default_halo']} is enough, "
+        f"{card['exact_halo']} is exact)."
     )
-    yield from (f"{checkpoint.name}: {note}." for note in card["notes"])
+    yield from (f"{checkpoint.name}: {note}" for note in card["notes"])
     if config.precision == "bfloat16":
         yield f"{checkpoint.name}: --precision bfloat16 is for our own models; using float32."
 
@@ -145,7 +148,10 @@ def absolute(config: DenoiseConfig) -> DenoiseConfig:
 def _make_job(
     config: DenoiseConfig, checkpoint: Checkpoint, *, run_id: str, options: StorageOptions
 ) -> Job:
-    geometry = resolve_geometry(checkpoint.card, patch=config.patch, halo=config.halo)
+    memory = device_memory() if config.patch == "auto" else None
+    geometry = resolve_geometry(
+        checkpoint.card, patch=config.patch, halo=config.halo, memory_bytes=memory
+    )
     auto = float(checkpoint.card.get("break_even_sigma", 0.0))
     return Job(
         config=config,
