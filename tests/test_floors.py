@@ -18,8 +18,8 @@ CORE = ROOT / "denoise_core"
 FLOORS = [
     {"errors", "config"},
     {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"}
-    | {"idx", "space", "trials"},
-    {"checkpoints", "keras_files", "worklist", "results", "lock"},
+    | {"idx", "pairs", "space", "trials"},
+    {"checkpoints", "curves", "keras_files", "worklist", "results", "lock"},
     {
         "denoiser",
         "export",
