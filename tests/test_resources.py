@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from ray.data.exceptions import ExecutionTimeoutError
 
 from denoise_core.config import DenoiseConfig
 from denoise_core.errors import UsageError
-from denoise_core.pipelines.flow import Resources, choose_resources
+from denoise_core.pipelines.flow import Flow, Resources, choose_resources
 
 EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e9}
 
@@ -34,3 +38,15 @@ def test_workers_that_are_still_to_come_must_be_stated() -> None:
     for settings in ({}, {"actors": "1:8"}, {"gpus_per_actor": "1"}, {"gpus_per_actor": "0"}):
         with pytest.raises(UsageError, match="--gpus-per-actor and --actors MIN:MAX"):
             choose(EMPTY, **settings)
+
+
+def test_run_for_which_no_worker_comes_says_so(tmp_path: Path) -> None:
+    """What Ray Data raises then, as one sentence of ours; its own names settings of Ray."""
+    flow = Flow.__new__(Flow)
+    config = DenoiseConfig(inputs=("in",), output=str(tmp_path), timeout_per_image=60.0)
+    flow.job = SimpleNamespace(config=config, run_id="run-1", options=None)  # type: ignore[assignment]
+    error = flow._failure(ExecutionTimeoutError("no progress\nraise ds.context.something"))
+    assert "nothing moved for 660 s" in str(error)
+    assert "ray status" in str(error)
+    assert "ds.context" not in str(error)
+    assert "ds.context" in (tmp_path / ".denoise/trace-run-1.txt").read_text()

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 
 from denoise_core import worklist
 from denoise_core.config import DenoiseConfig, parse_actors
@@ -105,6 +106,12 @@ class Flow:
         uri = join(self.job.config.output, ".denoise", f"trace-{self.job.run_id}.txt")
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else type(error).__name__
+        if isinstance(error, ExecutionTimeoutError):
+            limit = int(NO_PROGRESS_S + self.job.config.timeout_per_image)
+            reason = (
+                f"nothing moved for {limit} s; the cluster has no room for the actors (look at "
+                "`ray status`), or a machine hangs"
+            )
         try:
             text = f"{type(error).__name__}: {error}"
             storage_for(uri, self.job.options).write(uri, text.encode("utf-8", "backslashreplace"))
