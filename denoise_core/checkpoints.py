@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,23 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
-def load_checkpoint(name: str, *, model_range: str = "auto", measure: bool = True) -> Checkpoint:
+def load_checkpoint(
+    name: str,
+    *,
+    model_range: str = "auto",
+    measure: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Checkpoint:
     """Find a checkpoint by shipped name, folder, card or weights file, or a user's Keras file.
 
-    `model_range` and `measure` are of Keras files alone: 'LO:HI', the values that the model was
-    trained on, and whether stride and halo are measured (some seconds, once for each file); who
-    has a geometry needs neither. Raises UsageError where there is no such model, CheckpointError
-    where its card is damaged or a Keras file is refused.
+    What follows `name` is of Keras files alone: 'LO:HI', the values that the model was trained on;
+    whether stride and halo are measured (some seconds, once for each file), which who has a
+    geometry does not need; and who is told when that begins. Raises UsageError where there is no
+    such model, CheckpointError where its card is damaged or a Keras file is refused.
     """
     card_path = _card_path(name)
     if is_keras_file(name) and Path(name).is_file():
-        card = read_card(Path(name), model_range=model_range, measure=measure)
+        card = read_card(Path(name), model_range=model_range, measure=measure, tell=tell)
         return KerasCheckpoint(card["name"], Path(name), card)
     if not card_path.is_file():
         known = shipped_names()

@@ -39,7 +39,7 @@ def check_export(format: str) -> None:
     if missing:
         raise UsageError(
             f"--export onnx needs {', '.join(missing)}, not installed here: install the extra "
-            "'export' (uv pip install 'denoise-jobs[export]')."
+            "'export' (uv pip install '.[export]')."
         )
 
 

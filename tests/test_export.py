@@ -97,7 +97,7 @@ def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch):
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_export("savedmodel")
-    with pytest.raises(UsageError, match=r"onnx, onnxruntime, tf2onnx.*denoise-jobs\[export\]"):
+    with pytest.raises(UsageError, match=r"onnx, onnxruntime, tf2onnx.*'\.\[export\]'"):
         check_export("onnx")
     with pytest.raises(UsageError, match="expected one of onnx, savedmodel"):
         check_export("tflite")

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,18 @@ def is_keras_file(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def read_card(path: Path, *, model_range: str = "auto", measure: bool = True) -> dict[str, Any]:
+def read_card(
+    path: Path,
+    *,
+    model_range: str = "auto",
+    measure: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Return a card like that of our own checkpoints. Raises CheckpointError, UsageError.
 
     `model_range` is 'LO:HI', the values of black and white that the model was trained on; 'auto'
     is 0:1. Without `measure` the card has no stride and halo: enough for those who know a geometry.
+    `tell` hears a sentence where a measurement begins.
     """
     low, high = parse_data_range(model_range, flag="model-range") or (0.0, 1.0)
     description = describe(path)
@@ -46,4 +54,4 @@ def read_card(path: Path, *, model_range: str = "auto", measure: bool = True) ->
         "float32_only": True,
         "sha256": digest,
     }
-    return {**card, **figures_of(path, digest, (low, high))} if measure else card
+    return {**card, **figures_of(path, digest, (low, high), tell=tell)} if measure else card

@@ -4,6 +4,7 @@
 
 The process computes on the CPU in float32, whatever the caller has; so a driver needs no TensorFlow
 and a GPU's rounding changes nothing. The figures are kept under ~/.cache/denoise-jobs.
+A model of a million weights takes some seconds, one of thirty millions minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from denoise_core.tiling import round_up
 
 # A new way of measuring makes earlier figures void.
 MEASUREMENT = 1
-MEASURE_S = 600
+MEASURE_S = 1800
 # Ranges that models are trained on, and by how much another one must be better to be spoken of.
 RANGES = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))
 RANGE_DB = 3.0
@@ -36,29 +37,20 @@ NOISE = 25 / 255
 Figures = dict[str, Any]
 
 
-def figures_of(path: Path, digest: str, bounds: tuple[float, float]) -> Figures:
-    """Return total_stride, default_halo, exact_halo and notes: kept, or from a process."""
+def figures_of(
+    path: Path, digest: str, bounds: tuple[float, float], *, tell: Callable[[str], None]
+) -> Figures:
+    """Return total_stride, default_halo, exact_halo and notes: kept, or from a process.
+
+    `tell` hears a sentence before a measurement begins.
+    """
     text = f"{bounds[0]!r}:{bounds[1]!r}"
     kept = _cache() / f"{digest}-{text.replace(':', '-')}-{MEASUREMENT}.json"
     try:
         return _figures(kept.read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    command = [sys.executable, "-m", "denoise_core.keras_files.measuring", str(path), text]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=MEASURE_S, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise CheckpointError(
-            f"{path}: could not be measured in {MEASURE_S} s; it is too large for this machine."
-        ) from error
+        tell(f"{path.name}: measuring its stride and halo, once for this file.")
+    done = _measure_apart(path, text)
     try:
         result = json.loads(done.stdout.splitlines()[-1])
         if "error" in result:
@@ -72,6 +64,23 @@ def figures_of(path: Path, digest: str, bounds: tuple[float, float]) -> Figures:
         ) from error
     _keep(kept, figures)
     return figures
+
+
+def _measure_apart(path: Path, bounds: str) -> subprocess.CompletedProcess[bytes]:
+    root = str(Path(__file__).parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = [sys.executable, "-m", "denoise_core.keras_files.measuring", str(path), bounds]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=MEASURE_S, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise CheckpointError(
+            f"{path}: could not be measured in {MEASURE_S} s; it is too large for this machine."
+        ) from error
 
 
 def _figures(data: bytes) -> Figures:

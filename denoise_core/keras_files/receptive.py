@@ -11,6 +11,7 @@ Nothing but the function is looked at, in float32 on made pictures:
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -131,18 +132,22 @@ def _least_halo(
 ) -> tuple[int, float]:
     """Return the least halo whose seams are invisible, and its seam in units of the range.
 
-    Where none up to `most` is, the one of the least seam if that is at most a quarter of the seam
-    without any halo; else 0, since more context would cost time and help little.
+    More context is taken to make no seam worse. Where even `most` leaves one, `most` is taken if
+    its seam is at most a quarter of the seam without any halo; else 0, since more context would
+    cost time and help little.
     """
-    seams: dict[int, float] = {}
-    for halo in (*range(0, most, round_up(STEP, stride)), most):
+
+    def seam(halo: int) -> float:
         side = round_up(32, stride) + 2 * halo
-        seams[halo] = probe.seam(size or (side, side), halo=halo, stride=stride)
-        if seams[halo] <= HALF_LEVEL:
-            return halo, seams[halo]
-    best = min(seams, key=lambda halo: (seams[halo], halo))
-    best = best if seams[best] <= seams[0] / 4 else 0
-    return best, seams[best]
+        return probe.seam(size or (side, side), halo=halo, stride=stride)
+
+    halos = [*range(0, most, round_up(STEP, stride)), most]
+    at_most = seam(most)
+    if at_most > HALF_LEVEL:
+        bare = seam(0)
+        return (most, at_most) if at_most <= bare / 4 else (0, bare)
+    halo = halos[bisect.bisect_left(halos, True, key=lambda each: seam(each) <= HALF_LEVEL)]
+    return halo, seam(halo)
 
 
 def _remaining(halo: int, seam: float) -> str:

@@ -95,7 +95,7 @@ def run_denoising(
     config = absolute(config)
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
     storage = storage_for(config.output, options)
-    checkpoint = load_checkpoint(config.model, model_range=config.model_range)
+    checkpoint = load_checkpoint(config.model, model_range=config.model_range, tell=watcher.note)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     job = _make_job(config, checkpoint, run_id=run_id, options=options)
     _refuse_circular(config)
