@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV_VERSION := 0.9.30
 BIN := .venv/bin
 
-.PHONY: install demo test check lock clean
+.PHONY: install demo test test-cluster check lock clean
 
 # Compiled at install: without bytecode every start of TensorFlow and Ray is ten seconds slower.
 install: .venv/installed
@@ -20,6 +20,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Hosts as network namespaces, faults while a run works; root, some ten minutes.
+test-cluster: install
+	DENOISE_TEST_CLUSTER=1 $(BIN)/python -m pytest -s tests/test_hosts.py
 
 check: install
 	$(BIN)/ruff check .
