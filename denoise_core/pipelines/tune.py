@@ -213,7 +213,8 @@ def _tuner(search: Search, output: Path) -> tune.Tuner:
         tune.with_parameters(train_trial, search=search, threads=threads), resources
     )
     storage = output / "ray"
-    if search.config.resume and tune.Tuner.can_restore(storage / "tune"):
+    # A search that was killed in its first seconds has nothing to restore.
+    if search.config.resume and any((storage / "tune").glob("experiment_state-*.json")):
         return tune.Tuner.restore(
             str(storage / "tune"),
             trainable,
@@ -301,6 +302,11 @@ class Messenger(tune.Callback):
         """Tell which trials run, and which an earlier run has left."""
         if self.listener is not None:
             self.listener.take(trials)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Tell of the trials of a search that was at its end before: it has no steps."""
+        if self.listener is not None:
+            self.listener.take([trial for trial in trials if trial.last_result])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
