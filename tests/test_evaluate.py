@@ -454,8 +454,8 @@ def test_example_shows_the_worst_place_and_survives_its_file():
 
 
 def test_galleries_of_many_pairs_show_the_middle_noise():
-    assert gallery_pairs(["a", "b"], ["1", "2", "3"]) == [(m, n) for n in "123" for m in "ab"]
-    assert gallery_pairs(["a", "b", "c"], ["1", "2", "3"]) == [(m, "2") for m in "abc"]
+    assert gallery_pairs(["a", "b"], ["1", "2"]) == [(m, n) for n in "12" for m in "ab"]
+    assert gallery_pairs(["a", "b"], ["1", "2", "3"]) == [(m, "2") for m in "ab"]
 
 
 # --- The stages in a plain loop ---------------------------------------------------------------

@@ -8,7 +8,7 @@ filter sees one image and the sigma of its noise.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,9 @@ class Model:
 class Coder:
     """The part of a model up to its layer `latent`: images to vectors."""
 
-    def __init__(self, encoder: Any, card: dict[str, Any], *, stride: int) -> None:
+    def __init__(
+        self, encoder: Callable[[Array], Any], card: dict[str, Any], *, stride: int
+    ) -> None:
         self.encoder = encoder
         self.channels = int(card["arguments"].get("channels", 3))
         self.stride = stride
@@ -140,12 +142,16 @@ class Coder:
     def of(checkpoint: Checkpoint, *, stride: int) -> Coder | None:
         """Build it; None for a model without such a layer."""
         import keras
+        import tensorflow as tf
 
         model = checkpoint.build()
         if LATENT not in {layer.name for layer in model.layers}:
             return None
-        encoder = keras.Model(model.inputs, model.get_layer(LATENT).output)
-        return Coder(encoder, checkpoint.card, stride=stride)
+        encoder = keras.Model(model.inputs[0], model.get_layer(LATENT).output)
+        # Traced once for all sizes: called eagerly, a small model takes 20 ms for a digit.
+        shape = tf.TensorSpec((None, None, None, model.inputs[0].shape[-1]), tf.float32)
+        traced = tf.function(lambda x: encoder(x, training=False), input_signature=[shape])
+        return Coder(traced, checkpoint.card, stride=stride)
 
     def code(self, noisy: Array) -> Array:
         """Return float32 (D,): the code of the centre of (H, W, C); feature maps are averaged.
@@ -156,7 +162,7 @@ class Coder:
         if window.shape[2] != self.channels:
             window = np.repeat(window.mean(axis=2, keepdims=True), self.channels, axis=2)
         values = (window * (self.high - self.low) + self.low).astype(np.float32)
-        latent = np.asarray(self.encoder(values[None], training=False))[0]
+        latent = np.asarray(self.encoder(values[None]))[0]
         flat = latent.reshape(-1, latent.shape[-1])
         return flat.mean(axis=0).astype(np.float32)
 

@@ -34,7 +34,7 @@ SMALL = 128  # pixels a side below which an image is shown pixel by pixel, in a 
 class Drawn:
     """One picture: its file's name without ending, its words, its PNG.
 
-    `photo`: made of pixels, so that a JPEG may stand for it where bytes count. `section` is where
+    `photo`: made of pixels, so that a WebP may stand for it where bytes count. `section` is where
     the page shows it.
     """
 
@@ -271,7 +271,7 @@ def _look(method: str, place: int, models: Sequence[str]) -> dict[str, Any]:
 
 
 def _legend(method: str) -> str:
-    return "noisy input" if method == IDENTITY else _short(method)
+    return "noisy input" if method == IDENTITY else _short(method, 24)
 
 
 def curves(
@@ -298,7 +298,7 @@ def curves(
             low, high = ([value[end] for _, value in points] for end in ("low", "high"))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set_xticks([s for s, _ in levels], [f"{s:g}" for s, _ in levels])
-    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=3)
     return _finish(
         figure,
         name="psnr-against-sigma",
@@ -332,7 +332,10 @@ def residuals(counts: Mapping[str, Array], *, noise: str, models: Sequence[str])
     axes.set_yscale("log")
     axes.set_xlim(-widest, widest)
     axes.set_ylim(1e-6, 1.5)
-    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=2)
+    longest = max(len(_legend(method)) for method in counts)
+    figure.legend(
+        fontsize=9, frameon=False, loc="outside lower center", ncols=2 if longest < 14 else 1
+    )
     return _finish(
         figure,
         name=file_name("residuals", noise),

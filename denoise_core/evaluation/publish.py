@@ -28,7 +28,7 @@ from denoise_core.evaluation.sources import Shot
 from denoise_core.storage import Storage, StorageOptions, join, storage_for
 
 SUMMARY_VERSION = 1
-MOST_GALLERIES = 6
+MOST_GALLERIES = 4
 """Up to so many (model, noise) pairs each get pictures of their best and worst images."""
 
 
