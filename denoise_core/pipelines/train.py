@@ -38,6 +38,7 @@ from denoise_core.errors import DenoiseError, RunFailed, StorageError
 from denoise_core.models import architecture, input_size
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
+from denoise_core.storage.arrow import arrow_s3
 from denoise_core.training import HISTORY, Plan, Source, Trainer, places_of
 from denoise_core.training_data import Picture, Sampler, TrainingData
 
@@ -140,15 +141,7 @@ def _ray_storage(config: TrainConfig) -> tuple[str, Any]:
     path = join(config.output, "ray")
     if not path.startswith("s3://"):
         return path, None
-    import pyarrow.fs
-
-    # Several S3-compatible servers refuse chunked trailers with status 411.
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    endpoint = config.s3_endpoint or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return path.removeprefix("s3://"), pyarrow.fs.S3FileSystem(
-        endpoint_override=endpoint, region=region, allow_bucket_creation=False
-    )
+    return path.removeprefix("s3://"), arrow_s3(config.s3_endpoint)
 
 
 def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
