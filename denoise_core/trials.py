@@ -63,6 +63,11 @@ class Trial:
         return self.curve[-1][0] if self.curve else 0.0
 
 
+def trial_from(row: dict[str, Any]) -> Trial:
+    """Return the trial that `dataclasses.asdict` and JSON made `row` of."""
+    return Trial(**{**row, "curve": tuple((share, psnr) for share, psnr in row["curve"])})
+
+
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials, the best first: those that ran to their end before those that did not."""
     order = ("done", "running", "stopped", "waiting", "failed")

@@ -5,9 +5,11 @@
 
 A trial validates VALIDATIONS times and keeps a checkpoint each time. Trials that fall behind end at
 a quarter or a half of their length (asynchronous successive halving, Li et al., MLSys 2020,
-https://arxiv.org/abs/1810.05934), except the first, which is the preset as it is. Ray Tune keeps
-the state of the search in OUT/ray and takes it up again; its files hold pickles, so resume only
-searches of your own.
+https://arxiv.org/abs/1810.05934), except the first, which is the preset as it is.
+
+A search that was killed goes on from its own files: rows.json, and the last state of each trial.
+Ray Tune 2.60 writes the state that it restores from in place, and could not read it again after a
+kill -9 that came at that moment (seen); it also holds pickles.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import ray
@@ -35,15 +37,14 @@ from denoise_core.presets import Preset
 from denoise_core.presets import preset as find_preset
 from denoise_core.space import Settings, applied, read_space, train_toml
 from denoise_core.training import Plan, adapt, prepare, with_length
-from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes
+from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, trial_from
 
 VALIDATIONS = 8
 # The first cut at two of eight validations: before that warm-up and chance decide. Half go on.
 FIRST_CUT, KEEP_ONE_OF = 2, 2
 # Any other number would do; a trial that failed must be worse than one that learns nothing.
 FAILED_PSNR = 0.0
-CURVE = "curve.json"
-SEARCH = "search.json"
+SEARCH, ROWS, STATES, CURVE = "search.json", "rows.json", "states", "curve.json"
 
 Show = Callable[[str, Trial, Sequence[Trial]], None]
 
@@ -142,27 +143,53 @@ def run_search(search: Search, *, show: Show) -> list[Trial]:
     `show(event, trial, trials)` hears of every validation ('validated') and of every end ('ended').
     Ray must be initialised. Raises RunFailed where no trial came to its end.
     """
-    output = Path(search.config.output).absolute()
+    output = Path(search.shared.config.output)
     output.mkdir(parents=True, exist_ok=True)
     _write(output / SEARCH, (json.dumps(_identity(search), indent=1) + "\n").encode())
-
-    def hear(event: str, number: int, trials: list[Trial]) -> None:
-        _write(output / "trials.csv", csv_bytes(trials))
-        show(event, trials[number], trials)
-
-    with _heard_by(_Listener(search, hear)) as listener:
-        try:
-            _tuner(search, output).fit()
-        except (ray.exceptions.RayError, tune.TuneError) as error:
-            raise RunFailed(
-                f"Ray ended before the search did ({type(error).__name__}). Go on with --resume."
-            ) from error
-    trials = listener.trials
-    _write(output / "trials.csv", csv_bytes(trials))
-    if any(trial.status in ("waiting", "running") for trial in trials):
+    board = Board(search, output, show)
+    if board.left:
+        with _heard_by(board):
+            _fit(search, board, output)
+    if board.left:
         raise RunFailed("The search was interrupted. Its trials are safe: go on with --resume.")
-    _publish(search, trials, output)
-    return trials
+    _publish(search, board.trials, output)
+    return board.trials
+
+
+class Board:
+    """The rows of all trials, kept in the output, and who is told when they change."""
+
+    def __init__(self, search: Search, output: Path, show: Show) -> None:
+        self.output, self.show = output, show
+        self.trials = [Trial(number, settings) for number, settings in enumerate(search.trials)]
+        if search.config.resume and (output / ROWS).exists():
+            self.trials = [trial_from(row) for row in json.loads((output / ROWS).read_text())]
+
+    @property
+    def left(self) -> list[int]:
+        """The numbers of the trials that have not come to an end."""
+        return [t.number for t in self.trials if t.status in ("waiting", "running")]
+
+    def of(self, trial: Any) -> Trial:
+        """Return the row of one of Ray Tune's trials."""
+        return self.trials[int(trial.config["trial"])]
+
+    def change(self, event: str, row: Trial) -> None:
+        """Take in a row, write all of them, pass the event on."""
+        self.trials[row.number] = row
+        rows = [asdict(trial) for trial in self.trials]
+        _write(self.output / ROWS, (json.dumps(rows) + "\n").encode())
+        _write(self.output / "trials.csv", csv_bytes(self.trials))
+        self.show(event, row, self.trials)
+
+
+def _fit(search: Search, board: Board, output: Path) -> None:
+    try:
+        _tuner(search, board, output).fit()
+    except (ray.exceptions.RayError, tune.TuneError) as error:
+        raise RunFailed(
+            f"Ray ended before the search did ({type(error).__name__}). Go on with --resume."
+        ) from error
 
 
 def _publish(search: Search, trials: list[Trial], output: Path) -> None:
@@ -180,8 +207,8 @@ def _publish(search: Search, trials: list[Trial], output: Path) -> None:
     )
     _write(output / "best.toml", text.encode())
     # 20 bytes a parameter for each trial, needed only to resume.
-    for folder in (output / "ray").glob("tune/*/checkpoint_*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(output / STATES, ignore_errors=True)
+    shutil.rmtree(output / "ray", ignore_errors=True)
 
 
 def _notes(search: Search, best: Trial, baseline: Trial | None) -> str:
@@ -201,43 +228,32 @@ def _write(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _tuner(search: Search, output: Path) -> tune.Tuner:
-    """Return a new Tuner, or that of an earlier run with its unfinished trials to go on."""
+def _tuner(search: Search, board: Board, output: Path) -> tune.Tuner:
     # A table of our own is written; Ray's loggers would write three files for each trial.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Its newer printer shows a table of itself at every verbosity.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    at_once, resources = _resources(search)
+    at_once, resources = _resources(search, trials=len(board.left))
     threads = max(1, int(resources["cpu"])) if not resources.get("gpu") else None
-    trainable = tune.with_resources(
-        tune.with_parameters(train_trial, search=search, threads=threads), resources
-    )
-    storage = output / "ray"
-    # A search that was killed in its first seconds has nothing to restore.
-    if search.config.resume and any((storage / "tune").glob("experiment_state-*.json")):
-        return tune.Tuner.restore(
-            str(storage / "tune"),
-            trainable,
-            resume_unfinished=True,
-            restart_errored=True,
-        )
+    shutil.rmtree(output / "ray", ignore_errors=True)
     return tune.Tuner(
-        trainable,
-        param_space={"trial": tune.grid_search(list(range(len(search.trials))))},
+        tune.with_resources(
+            tune.with_parameters(train_trial, search=search, threads=threads), resources
+        ),
+        param_space={"trial": tune.grid_search(board.left)},
         tune_config=tune.TuneConfig(
             metric="psnr",
             mode="max",
-            scheduler=Halving() if search.config.stop == "halving" else FIFOScheduler(),
+            scheduler=Halving(board.trials) if search.config.stop == "halving" else FIFOScheduler(),
             max_concurrent_trials=at_once,
             trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(storage),
+            storage_path=str(output / "ray"),
             callbacks=[Messenger()],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=search.config.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
         ),
     )
 
@@ -246,7 +262,7 @@ def _folder_name(trial: Any) -> str:
     return f"trial-{trial.config['trial']}"
 
 
-def _resources(search: Search) -> tuple[int, dict[str, float]]:
+def _resources(search: Search, *, trials: int) -> tuple[int, dict[str, float]]:
     """Return the trials at one time and the CPUs and GPUs of each."""
     config, cluster = search.config, ray.cluster_resources()
     cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
@@ -257,7 +273,7 @@ def _resources(search: Search) -> tuple[int, dict[str, float]]:
         at_once = int(gpus / share) if share else int(cpus / 2)
     else:
         at_once = int(config.concurrent)
-    at_once = max(1, min(at_once, len(search.trials)))
+    at_once = max(1, min(at_once, trials))
     # No more than a whole node has, so that a trial finds a place.
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     each = min(cpus / at_once, largest)
@@ -266,9 +282,9 @@ def _resources(search: Search) -> tuple[int, dict[str, float]]:
 
 
 class Halving(ASHAScheduler):
-    """Successive halving that spares the first trial, and knows the trials before a restart."""
+    """Successive halving that spares the first trial and knows the trials of an earlier run."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Sequence[Trial] = ()) -> None:
         super().__init__(
             time_attr="validations",
             max_t=VALIDATIONS,
@@ -276,13 +292,20 @@ class Halving(ASHAScheduler):
             reduction_factor=KEEP_ONE_OF,
             stop_last_trials=False,
         )
+        self.curves = {trial.number: [psnr for _, psnr in trial.curve] for trial in known}
+        for trial in known:
+            if trial.status in ("done", "stopped"):
+                self._replay(trial.number, f"earlier-{trial.number}", self._brackets[0])
+
+    def _replay(self, number: int, trial_id: str, bracket: Any) -> None:
+        for place, psnr in enumerate(self.curves.get(number, []), 1):
+            bracket.on_result(SimpleNamespace(trial_id=trial_id), place, psnr)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take a trial in, with what it had shown in an earlier run."""
         super().on_trial_add(tune_controller, trial)
         bracket = self._trial_info[trial.trial_id]
-        for place, (_, psnr) in enumerate((trial.last_result or {}).get("curve", []), 1):
-            bracket.on_result(trial, place, psnr)
+        self._replay(int(trial.config["trial"]), trial.trial_id, bracket)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether the trial goes on."""
@@ -291,80 +314,38 @@ class Halving(ASHAScheduler):
 
 
 class Messenger(tune.Callback):
-    """Passes Ray Tune's events to `listener`.
+    """Writes Ray Tune's events on the board.
 
-    Tune pickles its callbacks and restores copies of them, so the listener belongs to the class.
+    Tune copies and pickles its callbacks, so the board belongs to the class.
     """
 
-    listener: ClassVar[_Listener | None] = None
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tell which trials run, and which an earlier run has left."""
-        if self.listener is not None:
-            self.listener.take(trials)
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Tell of the trials of a search that was at its end before: it has no steps."""
-        if self.listener is not None:
-            self.listener.take([trial for trial in trials if trial.last_result])
+    board: ClassVar[Board | None] = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Tell of a validation; the trial itself does not know it yet."""
-        if self.listener is not None:
-            self.listener.validated(trial, result)
+        """Take in a validation; the trial itself does not know it yet."""
+        if self.board is not None:
+            self.board.change("validated", _row(self.board.of(trial), result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell of an end."""
-        if self.listener is not None:
-            self.listener.ended(trial)
+        """Take in an end."""
+        if self.board is not None:
+            self.board.change("ended", _ended(self.board.of(trial), trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell of a trial whose worker died too often."""
-        if self.listener is not None:
-            self.listener.ended(trial)
-
-
-class _Listener:
-    """Keeps the rows of all trials, of Ray Tune's objects, and passes events on."""
-
-    def __init__(self, search: Search, hear: Callable[[str, int, list[Trial]], None]) -> None:
-        self.hear = hear
-        self.trials = [Trial(number, settings) for number, settings in enumerate(search.trials)]
-
-    def validated(self, trial: Any, result: dict[str, Any]) -> None:
-        """Take in a validation."""
-        self._change("validated", trial, _row(self._of(trial), result))
-
-    def ended(self, trial: Any) -> None:
-        """Take in an end."""
-        self._change("ended", trial, _ended(self._of(trial), trial))
-
-    def take(self, trials: Sequence[Any]) -> None:
-        """Take in what an earlier run left, and which trials run."""
-        for trial in trials:
-            row = self._of(trial)
-            if row.status == "waiting" and trial.status == "RUNNING":
-                self.trials[row.number] = _row(row, trial.last_result or {})
-            elif row.status == "waiting" and trial.status in ("TERMINATED", "ERROR"):
-                self.trials[row.number] = _ended(row, trial)
-
-    def _of(self, trial: Any) -> Trial:
-        return self.trials[int(trial.config["trial"])]
-
-    def _change(self, event: str, trial: Any, row: Trial) -> None:
-        self.trials[row.number] = row
-        self.hear(event, row.number, self.trials)
+        """Take in a trial whose worker died too often."""
+        if self.board is not None:
+            self.board.change("ended", _ended(self.board.of(trial), trial))
 
 
 @contextmanager
-def _heard_by(listener: _Listener) -> Iterator[_Listener]:
-    Messenger.listener = listener
+def _heard_by(board: Board) -> Iterator[None]:
+    Messenger.board = board
     try:
-        yield listener
+        yield
     finally:
-        Messenger.listener = None
+        Messenger.board = None
 
 
 def _row(row: Trial, result: dict[str, Any]) -> Trial:
@@ -383,7 +364,7 @@ def _row(row: Trial, result: dict[str, Any]) -> Trial:
 
 def _ended(row: Trial, trial: Any) -> Trial:
     """Return an ended trial's row."""
-    row = _row(row, trial.last_result or {})
+    row = _row(row, trial.last_result) if trial.last_result else row
     if trial.status == "ERROR":
         row = replace(row, note="Its worker died; is there enough memory?")
     if row.note:
@@ -411,20 +392,13 @@ def _train(search: Search, number: int, threads: int | None) -> None:
     trainer = Trainer(
         plan.config, plan.preset, plan.data, precision=choose_precision(plan.config.precision, tf)
     )
-    curve: list[tuple[float, float]] = []
-    last = tune.get_checkpoint()
-    if last is not None:
-        with last.as_directory() as folder:
-            trainer.load_state(Path(folder))
-            curve = [tuple(point) for point in json.loads((Path(folder) / CURVE).read_text())]
+    states = Path(plan.config.output) / STATES / str(number)
+    curve = _load(trainer, states)
     size = architecture(plan.preset.architecture).mflop_per_pixel(**plan.preset.arguments)
 
-    def report(metrics: dict[str, float], save: bool) -> None:
-        if not math.isfinite(metrics["psnr"]):
-            return
-        curve.append((trainer.progress.fraction(plan.config), metrics["psnr"]))
-        row = {
-            "psnr": metrics["psnr"],
+    def row() -> dict[str, Any]:
+        return {
+            "psnr": curve[-1][1],
             "validations": len(curve),
             "curve": list(curve),
             "steps": trainer.progress.step,
@@ -432,9 +406,42 @@ def _train(search: Search, number: int, threads: int | None) -> None:
             "parameters": int(trainer.model.count_params()),
             "mflop_per_pixel": round(size, 4),
         }
-        with tempfile.TemporaryDirectory() as folder:
-            trainer.save_state(Path(folder))
-            (Path(folder) / CURVE).write_text(json.dumps(curve))
-            tune.report(row, checkpoint=tune.Checkpoint.from_directory(folder))
 
+    def report(metrics: dict[str, float], save: bool) -> None:
+        if not math.isfinite(metrics["psnr"]):
+            return
+        curve.append((trainer.progress.fraction(plan.config), metrics["psnr"]))
+        _save(trainer, states, curve)
+        tune.report(row())
+
+    if trainer.progress.fraction(plan.config) >= 1.0:
+        # Killed between its last state and the news of it.
+        tune.report(row())
     trainer.run(report)
+
+
+def _save(trainer: Any, states: Path, curve: list[tuple[float, float]]) -> None:
+    """Keep the state of the last validation: a folder that appears whole, then the older one goes.
+
+    Its name is the number of validations.
+    """
+    whole = states / str(len(curve))
+    unfinished = states / f".{len(curve)}.tmp"
+    for folder in (unfinished, whole):
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.save_state(unfinished)
+    (unfinished / CURVE).write_text(json.dumps(curve))
+    unfinished.rename(whole)
+    for folder in states.iterdir():
+        if folder != whole:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _load(trainer: Any, states: Path) -> list[tuple[float, float]]:
+    """Take up the last state where there is one; return its curve."""
+    found = [f for f in states.iterdir() if f.name.isdigit()] if states.exists() else []
+    if not found:
+        return []
+    last = max(found, key=lambda folder: int(folder.name))
+    trainer.load_state(last)
+    return [(share, psnr) for share, psnr in json.loads((last / CURVE).read_text())]
