@@ -75,7 +75,7 @@ def test_a_model_without_residual_is_the_identity(checkpoint: str, tmp_path: Pat
     assert rows["tiny.png", "zero", "gaussian:25"]["ssim"] is None
     gains = {e["method"]: e["gain"]["mean"] for e in outcome.summary["results"]}
     assert gains["zero"] == pytest.approx(0, abs=1e-3)
-    assert {"latent-tiny-0.png", "worst-zero-speckle-20.png", "best-tiny-0-gaussian-25.png"} <= set(
+    assert {"latent-tiny-0.png", "worst-zero-gaussian-25.png", "best-tiny-0-gaussian-25.png"} <= set(
         files_below(tmp_path / "out" / "pictures")
     )
     assert files_below(tmp_path / "out" / ".evaluate") == []
