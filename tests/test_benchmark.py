@@ -182,6 +182,23 @@ def test_defaults_of_quality_are_known() -> None:
 # --- arithmetic -------------------------------------------------------------------------------
 
 
+def test_the_plain_loop_stitches_what_a_whole_image_gives() -> None:
+    """A mean over 5x5 pixels needs a halo of 2; the loop's seams must not show."""
+    from scipy.ndimage import uniform_filter
+
+    from denoise_core.denoiser import Geometry
+
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 3)).astype(np.uint8)
+
+    def smooth(batch: np.ndarray) -> np.ndarray:
+        return uniform_filter(batch, (0, 5, 5, 0))
+
+    got = throughput._plainly(pixels, smooth, geometry=Geometry(16, 4, 4))
+    expected = np.rint(uniform_filter(pixels.astype(np.float32), (5, 5, 0), mode="mirror"))
+    assert got.shape == pixels.shape
+    np.testing.assert_allclose(got, expected, atol=1)
+
+
 def test_steady_rate_leaves_the_first_and_last_tenth_out() -> None:
     assert throughput.steady_rate([(0.5 * i, 1.0) for i in range(21)]) == pytest.approx(2.0)
     # 2 Mpx/s from the third to the nineteenth of 21 images; the ends are slow.
@@ -199,9 +216,11 @@ def test_ratios_divide_the_right_figures() -> None:
             "mpx_per_s": 2.0,
             "without_startup_mpx_per_s": 8.0,
         },
+        "denoiser_loop": {"steady_mpx_per_s": 5.0},
         "bare_model": {"mpx_per_s": 12.0},
     }
     assert throughput.ratios(data) == {
+        "job_to_denoiser_loop_steady": 1.2,
         "job_to_loop_steady": 1.5,
         "job_to_loop_whole": 2.0,
         "job_whole_to_loop_without_startup": 0.5,

@@ -49,6 +49,7 @@ PROBED_PIXELS = 8_000_000  # pixels on which the cost of the metrics is measured
 # on two cores: 0.6 Mpx/s of windows against 0.43 in batches of 32.
 LOOP_BATCH = 4
 BARE_STACK = 8  # patches for each thread of the bare model
+OWN_SHARE = 5  # the loop with our Denoiser takes one image in so many; its steady state counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,12 +219,14 @@ def denoiser_loop(folder: str, out: str, model: str, precision: str) -> dict[str
     def denoise(pixels: Array) -> Array:
         return to_dtype(denoiser.denoise([pixels])[0], "uint8", 0.0, 255.0)
 
-    return _loop(denoise, folder=folder, out=out)
+    return _loop(denoise, folder=folder, out=out, every=OWN_SHARE)
 
 
-def _loop(denoise: Callable[[Array], Array], *, folder: str, out: str) -> dict[str, Any]:
+def _loop(
+    denoise: Callable[[Array], Array], *, folder: str, out: str, every: int = 1
+) -> dict[str, Any]:
     Path(out).mkdir(parents=True)
-    began, files = time.time(), picture_files(folder)
+    began, files = time.time(), picture_files(folder)[::every]
     images = [_one_image(denoise, path, Path(out) / path.name) for path in files]
     return {
         "began": began,
@@ -345,7 +348,6 @@ def ratios(data: dict[str, Any]) -> dict[str, float | None]:
         "job_to_loop_steady": quotient(job["steady_mpx_per_s"], loop["steady_mpx_per_s"]),
         "job_to_loop_whole": quotient(job["mpx_per_s"], loop["mpx_per_s"]),
         "job_to_denoiser_loop_steady": quotient(job["steady_mpx_per_s"], own["steady_mpx_per_s"]),
-        "job_to_denoiser_loop_whole": quotient(job["mpx_per_s"], own["mpx_per_s"]),
         "job_whole_to_loop_without_startup": quotient(
             job["mpx_per_s"], loop["without_startup_mpx_per_s"]
         ),
@@ -376,8 +378,7 @@ def _body(data: dict[str, Any]) -> str:
         f"**{number(shares['job_to_loop_whole'])}** whole runs (start-up of both), "
         f"{number(shares['job_whole_to_loop_without_startup'])} whole run against a loop whose "
         f"start-up is not counted. Job to the loop with the project's own Denoiser: "
-        f"{number(shares['job_to_denoiser_loop_steady'])} steady, "
-        f"{number(shares['job_to_denoiser_loop_whole'])} whole. Job to bare model, steady: "
+        f"{number(shares['job_to_denoiser_loop_steady'])} steady. Job to bare model, steady: "
         f"{number(shares['job_to_bare_steady'])}."
     )
     parts = [head, _rates(data), verdict, _work(data), _cpu(data)]
@@ -399,7 +400,7 @@ def _rates(data: dict[str, Any]) -> str:
         )
         for name, each in (
             ("plain loop, one process", loop),
-            ("the same with our `Denoiser`", data["denoiser_loop"]),
+            ("the same with our `Denoiser`, a fifth of the images", data["denoiser_loop"]),
             ("`jobs.denoise`", job),
         )
     ]
