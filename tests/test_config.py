@@ -107,9 +107,9 @@ def test_what_train_cannot_use_is_refused_by_its_flag(settings):
         train(**settings)
 
 
-@pytest.mark.parametrize("length", [{}, {"steps": 10, "hours": 1.0}])
+@pytest.mark.parametrize("length", [{"steps": 10, "hours": 1.0}, {"steps": 10, "epochs": 1.0}])
 def test_the_length_of_training_is_given_once(length):
-    with pytest.raises(UsageError, match="one of --steps N and --hours H"):
+    with pytest.raises(UsageError, match="one of --steps N, --epochs N and --hours H"):
         TrainConfig(data=("in",), output="out", **length)
 
 
@@ -210,6 +210,7 @@ def test_the_pixel_hash_changes_with_what_changes_pixels_and_with_nothing_else()
         "bit_depth": "8",
         "compression": "zstd",
         "copy_below": "2",
+        "model_range": "0:255",
     }
     assert set(other) == set(PIXEL_SETTINGS)
     base = pixel_hash(denoise(), model_hash="a")
