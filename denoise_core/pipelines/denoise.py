@@ -119,10 +119,11 @@ def model_notes(config: DenoiseConfig, checkpoint: Checkpoint, geometry: Geometr
     channels = card["arguments"]["channels"]
     sizes = card["input_size"]
     takes = "x".join(map(str, [*sizes, channels])) if sizes else f"any size of {channels} channels"
+    least, exact = card["default_halo"], card["exact_halo"]
     yield (
         f"{checkpoint.name}: takes {takes}, values {low:g}:{high:g}; patches of {geometry.patch} "
-        f"with a halo of {geometry.halo} (measured: {card['default_halo']} is enough, "
-        f"{card['exact_halo']} is exact)."
+        f"with a halo of {geometry.halo} (measured: {least}"
+        + (f", exact {exact})." if exact > least else ").")
     )
     yield from (f"{checkpoint.name}: {note}" for note in card["notes"])
     if config.precision == "bfloat16":
