@@ -33,7 +33,7 @@ check: install
 # Newest versions within pyproject.toml's bounds, with hashes, for Linux and Python 3.11; and what the
 # image for GPUs has on top: CUDA's wheels.
 lock:
-	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra benchmark --generate-hashes \
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra benchmark --extra export --generate-hashes \
 	    --no-emit-index-url --no-header --python-version 3.11 --universal -o requirements.lock
 	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --constraint requirements.lock --generate-hashes \
 	    --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
