@@ -15,9 +15,11 @@ from denoise_core.pipelines.flow import Flow, Resources, choose_resources
 EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e9}
 
 
-def choose(cluster: dict[str, float], *, images: int = 1000, **settings: str) -> Resources:
+def choose(
+    cluster: dict[str, float], *, images: int = 1000, hosts: int = 1, **settings: str
+) -> Resources:
     config = DenoiseConfig(inputs=("in",), output="out", **settings)
-    return choose_resources(config, cluster, images=images)
+    return choose_resources(config, cluster, images=images, hosts=hosts)
 
 
 def test_gpus_are_shared_out_and_cpus_are_left_for_reading() -> None:
@@ -30,6 +32,16 @@ def test_gpus_are_shared_out_and_cpus_are_left_for_reading() -> None:
     assert cpus.actors[1] * (cpus.threads or 0) == 16
     with pytest.raises(UsageError, match=r"has 0 GPU\(s\)"):
         choose({"CPU": 16.0}, gpus_per_actor="1")
+
+
+@pytest.mark.parametrize(("hosts", "each", "left"), [(2, 2, 1), (2, 1, 1), (3, 8, 1), (16, 16, 8)])
+def test_actors_of_lost_hosts_leave_room_for_tasks_on_the_others(
+    hosts: int, each: int, left: int
+) -> None:
+    """Seen with two hosts of two CPUs: both actors on one host, and no task found room for ever."""
+    chosen = choose({"CPU": float(hosts * each)}, hosts=hosts)
+    assert chosen.cpus >= 0.01
+    assert left * each - chosen.actors[1] * chosen.cpus >= 0.9
 
 
 def test_workers_that_are_still_to_come_must_be_stated() -> None:

@@ -133,7 +133,9 @@ class Resources:
     threads: int | None
 
 
-def choose_resources(config: DenoiseConfig, cluster: dict[str, float], *, images: int) -> Resources:
+def choose_resources(
+    config: DenoiseConfig, cluster: dict[str, float], *, images: int, hosts: int = 1
+) -> Resources:
     """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
 
     A few images get one actor: a second would be ready when they are done.
@@ -141,7 +143,8 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float], *, images
     On CPUs the actors ask for half of the cores in total, so that reading and writing never
     starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
     request unequal to a task's: Ray Data fuses equal neighbours, and decoding would wait for the
-    model.
+    model. On several `hosts` they ask for less: actors of lost hosts begin again on the others, and
+    must leave room for two tasks there, even if half of the hosts are gone.
     """
     cpus, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
     wanted = parse_actors(config.actors)
@@ -158,7 +161,10 @@ def choose_resources(config: DenoiseConfig, cluster: dict[str, float], *, images
     most = 1 if images <= FEW_IMAGES else min(cpus, max(2, cpus // 4))
     count = wanted or (most, most)
     threads = max(1, cpus // count[1])
-    return Resources(count, max(0.01, round(0.5 * cpus / count[1], 2) - 0.01), 0.0, threads)
+    total = 0.5 * cpus
+    if hosts > 1:
+        total = min(total, cpus * (hosts // 2) / hosts - 1.0)
+    return Resources(count, max(0.01, round(total / count[1], 2) - 0.01), 0.0, threads)
 
 
 def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> Resources:
@@ -187,7 +193,8 @@ def build_dataset(
     # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
     context.execution_no_progress_timeout_s = int(NO_PROGRESS_S + job.config.timeout_per_image)
     config = job.config
-    resources = choose_resources(config, ray.cluster_resources(), images=images)
+    hosts = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    resources = choose_resources(config, ray.cluster_resources(), images=images, hosts=hosts)
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
     together = max(1, min(together, images // (4 * resources.actors[1])))
