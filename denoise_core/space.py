@@ -25,7 +25,7 @@ import numpy as np
 
 from denoise_core.config import TrainConfig, nearest, require
 from denoise_core.errors import UsageError
-from denoise_core.models import architecture
+from denoise_core.models import architecture, input_size
 from denoise_core.presets import Preset
 
 TRAINING = (
@@ -248,6 +248,9 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
     try:
         architecture(name).mflop_per_pixel(**arguments)
         architecture(name).exact_halo(**arguments)
+        stride, size = architecture(name).total_stride(**arguments), input_size(name, **arguments)
+        if size is not None and any(side % stride for side in size):
+            raise ValueError(f"{size[1]}x{size[0]} px are no multiple of {stride}")
     except (ValueError, TypeError, IndexError) as error:
         raise UsageError(
             f"{name} cannot be built with {text} ({error}). Lists that belong together, such as "

@@ -189,6 +189,13 @@ def test_arguments_that_do_not_fit_together_are_refused(settings):
         applied(settings, UNET, train())
 
 
+def test_a_network_of_one_size_has_no_more_levels_than_the_size_allows():
+    dense = PRESETS["mnist-latent16"]
+    applied({"depth": 1}, dense, train())
+    with pytest.raises(UsageError, match="28x28 px are no multiple of 8"):
+        applied({"depth": 3}, dense, train())
+
+
 def test_settings_of_the_training_go_into_its_config():
     _, config = applied({"loss": "mse", "noise": ["gaussian:5", "clean"]}, UNET, train())
     assert (config.loss, config.noise) == ("mse", ("gaussian:5", "clean"))
@@ -406,19 +413,25 @@ def test_the_last_whole_state_of_a_trial_is_taken_up(tmp_path):
     assert taken.number == 10
 
 
-def test_a_trial_that_cannot_be_trained_is_the_worst_and_not_the_end(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (RunFailed("The loss became nan at step 3."), "The loss became nan at step 3."),
+        (ValueError("in user code:\n\n  Dimensions differ.\n"), "ValueError: Dimensions differ."),
+        (MemoryError(), "MemoryError: no reason given"),
+    ],
+)
+def test_a_trial_that_cannot_be_trained_is_the_worst_and_not_the_end(monkeypatch, error, note):
     from denoise_core.pipelines import tune
 
-    def diverge(*_):
-        raise RunFailed("The loss became nan at step 3.")
+    def fail(*_):
+        raise error
 
     reports = []
-    monkeypatch.setattr(tune, "_train", diverge)
+    monkeypatch.setattr(tune, "_train", fail)
     monkeypatch.setattr(tune.tune, "report", reports.append)
     tune.train_trial({"trial": 0}, search=None, threads=1)
-    (report,) = reports
-    assert report["note"] == "The loss became nan at step 3."
-    assert report["psnr"] == 0.0
+    assert reports == [{"psnr": 0.0, "validations": 8, "note": note}]
 
 
 # --- the job ------------------------------------------------------------------------------------

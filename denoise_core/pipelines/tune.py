@@ -15,6 +15,7 @@ kill -9 that came at that moment (seen); it also holds pickles.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -184,6 +185,8 @@ class Board:
 
 
 def _fit(search: Search, board: Board, output: Path) -> None:
+    # It prints the tracebacks of workers that died; the table has a sentence for each.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL + 1)
     try:
         _tuner(search, board, output).fit()
     except (ray.exceptions.RayError, tune.TuneError) as error:
@@ -380,7 +383,15 @@ def train_trial(config: dict[str, Any], *, search: Search, threads: int | None) 
     try:
         _train(search, int(config["trial"]), threads)
     except DenoiseError as error:
-        tune.report({"psnr": FAILED_PSNR, "validations": VALIDATIONS, "note": str(error)})
+        _report_failure(str(error))
+    except Exception as error:
+        # Keras and TensorFlow tell in many ways that a network cannot be built or has no memory.
+        reason = (str(error).strip() or "no reason given").splitlines()[-1].strip()
+        _report_failure(f"{type(error).__name__}: {reason}")
+
+
+def _report_failure(note: str) -> None:
+    tune.report({"psnr": FAILED_PSNR, "validations": VALIDATIONS, "note": note})
 
 
 def _train(search: Search, number: int, threads: int | None) -> None:
