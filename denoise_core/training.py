@@ -326,7 +326,7 @@ class Trainer:
             return mean / tf.reduce_mean(tf.cast(known, tf.float32)) if blind else mean
 
         # Replicas average the statistics of a batch normalisation, which XLA cannot compile.
-        @tf.function(jit_compile=replicas == 1 or not _has_state(model))
+        @tf.function(jit_compile=self.preset.xla and (replicas == 1 or not _has_state(model)))
         def gradients(noisy: Any, clean: Any, squared: Any) -> Any:
             with tf.GradientTape() as tape:
                 denoised = tf.cast(model(noisy, training=True), tf.float32)
