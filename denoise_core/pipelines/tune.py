@@ -164,7 +164,11 @@ class Board:
         self.output, self.show = output, show
         self.trials = [Trial(number, settings) for number, settings in enumerate(search.trials)]
         if search.config.resume and (output / ROWS).exists():
-            self.trials = [trial_from(row) for row in json.loads((output / ROWS).read_text())]
+            rows = [trial_from(row) for row in json.loads((output / ROWS).read_text())]
+            # What made a trial fail, a full disk or memory, may have gone.
+            self.trials = [
+                Trial(row.number, row.settings) if row.status == "failed" else row for row in rows
+            ]
 
     @property
     def left(self) -> list[int]:
