@@ -65,8 +65,8 @@ class Preset:
     order: str = "draws"
     epochs: int | None = None
     sample: tuple[int, int] | None = None
-    # XLA takes a quarter off a U-Net's step on a CPU; the strided and transposed 3x3 convolutions of
-    # the dense autoencoder cost five times as much in it.
+    # XLA takes a quarter off a U-Net's step on a CPU; the strided and transposed 3x3 convolutions
+    # of the dense autoencoder cost five times as much in it.
     xla: bool = True
     about: str = ""
 

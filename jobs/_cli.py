@@ -68,9 +68,17 @@ def repeat_flags(args: list[str], many: frozenset[str]) -> list[str]:
 
 
 def settings_command(
-    settings: type, run: Callable[[Any], int], *, name: str, help: str
+    settings: type,
+    run: Callable[[Any], int],
+    *,
+    name: str,
+    help: str,
+    interrupted: str = "Finished images are safe; the same command goes on.",
 ) -> click.Command:
-    """Return a command that makes `settings` from its flags and calls `run(settings)`."""
+    """Return a command that makes `settings` from its flags and calls `run(settings)`.
+
+    `interrupted` is the sentence for who ends it early.
+    """
     hints = typing.get_type_hints(settings)
     fields = dataclasses.fields(settings)
     params: list[click.Parameter] = [_parameter(f, hints[f.name]) for f in fields]
@@ -86,7 +94,7 @@ def settings_command(
     )
 
     def callback(**values: Any) -> None:
-        sys.exit(_guarded(lambda: run(settings(**values))))
+        sys.exit(_guarded(lambda: run(settings(**values)), interrupted=interrupted))
 
     return SettingsCommand(
         name,
@@ -98,7 +106,7 @@ def settings_command(
     )
 
 
-def _guarded(body: Callable[[], int]) -> int:
+def _guarded(body: Callable[[], int], *, interrupted: str) -> int:
     try:
         return body()
     except UsageError as error:
@@ -108,7 +116,7 @@ def _guarded(body: Callable[[], int]) -> int:
         click.echo(f"Error: {error}", err=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        click.echo("Interrupted. Finished images are safe; the same command goes on.", err=True)
+        click.echo(f"Interrupted. {interrupted}", err=True)
         return EXIT_INTERRUPTED
     except Exception as error:
         if os.environ.get("DENOISE_DEBUG"):

@@ -153,7 +153,11 @@ def print_outcome(outcome: Outcome, config: EvaluateConfig) -> None:
 
 
 main: click.Command = settings_command(
-    EvaluateConfig, run, name="jobs.evaluate", help=str(__doc__).replace("\n\n    ", "\n\n\b\n    ")
+    EvaluateConfig,
+    run,
+    name="jobs.evaluate",
+    help=str(__doc__).replace("\n\n    ", "\n\n\b\n    "),
+    interrupted="Nothing was published; start it again.",
 )
 
 if __name__ == "__main__":

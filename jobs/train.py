@@ -106,7 +106,13 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-main = settings_command(TrainConfig, run, name="jobs.train", help=str(__doc__))
+main = settings_command(
+    TrainConfig,
+    run,
+    name="jobs.train",
+    help=str(__doc__),
+    interrupted="The last checkpoint is safe; go on with --resume.",
+)
 
 if __name__ == "__main__":
     main()

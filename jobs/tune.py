@@ -104,7 +104,13 @@ def print_end(trials: Sequence[Trial], config: TuneConfig) -> None:
     )
 
 
-main = settings_command(TuneConfig, run, name="jobs.tune", help=str(__doc__))
+main = settings_command(
+    TuneConfig,
+    run,
+    name="jobs.tune",
+    help=str(__doc__),
+    interrupted="Finished trials are safe; go on with --resume.",
+)
 
 if __name__ == "__main__":
     main()

@@ -213,6 +213,7 @@ def build_dataset(plan: Plan, shots: list[Shot]) -> Any:
         ),
         cluster,
         images=len(shots),
+        hosts=sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes()),
     )
     most = TASK_PHOTOS if shots[0].index is None else TASK_DIGITS
     together = max(1, min(most, len(shots) // (4 * int(cluster.get("CPU", 1)))))
