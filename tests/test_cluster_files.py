@@ -147,7 +147,8 @@ def parse(command: str) -> Any:
 def test_command_parses_with_the_real_command_line(path: Path, command: str) -> None:
     from denoise_core.presets import preset
 
-    settings = parse(command)
+    # A file that an earlier command writes.
+    settings = parse(re.sub(r"--config OUT/\S+", "", command))
     if command.startswith("jobs.train "):
         preset(settings.preset)
 

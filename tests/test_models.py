@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from denoise_core.errors import UsageError
-from denoise_core.models import MODELS, architecture, build_model
+from denoise_core.models import MODELS, architecture, build_model, input_size
 from denoise_core.presets import PRESETS, preset
 
 keras = pytest.importorskip("keras")
@@ -161,8 +161,36 @@ def test_presets_build(name):
     assert recipe.stages[0].start == 0.0
     assert all(stage.crop % stride == 0 for stage in recipe.stages)
     model = build_model(recipe.architecture, **recipe.arguments)
-    assert model.input_shape == (None, None, None, 3)
-    assert model.output_shape == (None, None, None, 3)
+    size = input_size(recipe.architecture, **recipe.arguments) or (None, None)
+    assert model.input_shape == model.output_shape == (None, *size, recipe.channels)
+    assert model.get_layer("latent").output.shape[0] is None
+
+
+CLASSIC = [n for n in PRESETS if PRESETS[n].architecture != "unet" and PRESETS[n].channels == 3]
+
+
+@pytest.mark.parametrize("name", [*CLASSIC, "mnist-conv"])
+def test_halo_of_a_classic_autoencoder_is_its_receptive_radius(name):
+    """A core on multiples of the stride does not change with what lies beyond the halo."""
+    recipe = preset(name)
+    module, arguments = architecture(recipe.architecture), recipe.arguments
+    stride, halo = module.total_stride(**arguments), module.exact_halo(**arguments)
+    model = build_model(recipe.architecture, **arguments)
+    rng = np.random.default_rng(0)
+    side = 2 * halo + 2 * stride
+    image = rng.random((1, side, side, recipe.channels), np.float32)
+    other = rng.random(image.shape, np.float32)
+    core = slice(halo, side - halo)
+
+    def reach(radius: int) -> float:
+        seen = other.copy()
+        window = slice(halo - radius, side - halo + radius)
+        seen[:, window, window] = image[:, window, window]
+        difference = np.asarray(model(seen)) - np.asarray(model(image))
+        return float(np.abs(difference[:, core, core]).max())
+
+    assert reach(halo) == 0.0
+    assert reach(halo - stride - 1) > 0.0
 
 
 def test_unknown_names_get_the_nearest():

@@ -60,11 +60,11 @@ def exact_halo(*, widths: Sequence[int], up: str = "transposed", **_: Any) -> in
     """Return the context that a core on multiples of the stride needs, in pixels.
 
     Walks back from the output: a convolution adds one cell of its level, a step to a coarser level
-    rounds up to whole cells. A transposed convolution reaches one coarse cell further.
+    rounds up to whole cells. An even pixel of a transposed convolution sees the coarse cell before.
     """
     radius = 1
     for _level in widths:
-        radius = -(-radius // 2) + 1
+        radius = radius // 2 + 1 if up == "transposed" else -(-radius // 2) + 1
     for _level in widths:
         radius = 2 * radius + 1
     stride = total_stride(widths=widths)
