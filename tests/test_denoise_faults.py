@@ -132,12 +132,14 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
         rows = list(out.glob(".denoise/journal/*.parquet"))
         return bool(markers and rows) or len(markers) >= 4
 
-    wait_until(under_way, process)
     # A second run is refused at once, by the first one's id.
-    holder = json.loads((out / ".denoise/lock.json").read_text())["run_id"]
+    lock = out / ".denoise/lock.json"
+    wait_until(lock.exists, process)
+    holder = json.loads(lock.read_text())["run_id"]
     with pytest.raises(OutputLocked, match=holder):
         denoise(source, out, checkpoint)
-    time.sleep(random.uniform(0, 0.8))
+    wait_until(under_way, process)
+    time.sleep(random.uniform(0, 0.3))
     kill_everything(process)
 
     for name in files_below(out / "images"):
