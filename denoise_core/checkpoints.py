@@ -101,6 +101,11 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
+def absolute_name(name: str) -> str:
+    """Return the name of a shipped model as it is, a path to any other made absolute."""
+    return name if name in shipped_names() else os.path.abspath(name)
+
+
 def load_checkpoint(
     name: str,
     *,

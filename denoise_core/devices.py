@@ -9,7 +9,6 @@ from typing import Any
 
 # CPUs that multiply bfloat16 in hardware; elsewhere it is emulated and slower than float32.
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
-DEFAULT_MEMORY = 4 << 30
 
 
 def cpu_has_bfloat16() -> bool:
@@ -75,16 +74,12 @@ def device_memory() -> int:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
         return min(int(line) for line in done.stdout.split()) << 20
     except (OSError, subprocess.SubprocessError, ValueError):
-        return _free_memory() // cores()
+        return _memory() // cores()
 
 
-def _free_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        table = dict(line.split(":", 1) for line in lines if ":" in line)
-        return int(table["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return DEFAULT_MEMORY
+def _memory() -> int:
+    """Return the bytes of memory of this machine: of all, so that the same choice comes again."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choose_precision(wanted: str, tf: Any) -> str:

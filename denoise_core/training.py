@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from denoise_core.checkpoints import load_checkpoint
+from denoise_core.checkpoints import absolute_name, load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
@@ -28,7 +27,7 @@ from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
 from denoise_core.space import with_arguments
-from denoise_core.storage import StorageOptions, join, storage_for
+from denoise_core.storage import StorageOptions, absolute, join, storage_for
 from denoise_core.training_data import (
     Sampler,
     TrainingData,
@@ -156,7 +155,9 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
 
     `preset` takes the place of the one that `config` names. Raises UsageError, CheckpointError.
     """
-    config = absolute(config)
+    if config.init is not None:
+        load_checkpoint(config.init)
+    config = with_absolute_paths(config)
     recipe = adapt(config, preset or find_preset(config.preset))
     for stage in recipe.stages:
         if stage.batch % config.workers:
@@ -164,8 +165,6 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
                 f"--workers {config.workers}: batches of {stage.batch} crops cannot be shared "
                 "equally. Change --workers, --batch or --batch-scale."
             )
-    if config.init is not None:
-        load_checkpoint(config.init)
     if config.export is not None:
         check_export(config.export)
     history = join(config.output, HISTORY)
@@ -178,18 +177,14 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
     return Plan(with_length(config, recipe, data), recipe, data)
 
 
-def absolute(config: TrainConfig) -> TrainConfig:
-    """Make local paths absolute: workers have other working directories than the driver."""
-
-    def whole(name: str) -> str:
-        return name if "://" in name else os.path.abspath(name)
-
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return settings with absolute local paths."""
     return replace(
         config,
-        data=tuple(whole(name) for name in config.data),
-        validation_data=tuple(whole(name) for name in config.validation_data),
-        init=config.init and (whole(config.init) if Path(config.init).exists() else config.init),
-        output=whole(config.output),
+        data=tuple(map(absolute, config.data)),
+        validation_data=tuple(map(absolute, config.validation_data)),
+        init=config.init and absolute_name(config.init),
+        output=absolute(config.output),
     )
 
 
@@ -274,7 +269,7 @@ class Trainer:
 
         from denoise_core.models import architecture, build_model
 
-        self.config, self.preset, self.rank = config, preset, rank
+        self.config, self.preset, self.rank, self.precision = config, preset, rank, precision
         self.progress = Progress()
         self.sampler = Sampler.make(data.training, config, preset)
         self.source = source or self._in_thread
@@ -312,6 +307,14 @@ class Trainer:
                 f"{self.config.preset} ({error})."
             ) from error
 
+    def _compiled(self, tf: Any) -> bool:
+        """Return whether XLA compiles the gradients."""
+        # Replicas average the statistics of a batch normalisation, which XLA cannot compile.
+        if not self.preset.xla or (self.config.workers > 1 and _has_state(self.model)):
+            return False
+        # On CPUs XLA computes bfloat16 no faster than float32; oneDNN, without it, in 2/3 the time.
+        return self.precision == "float32" or bool(tf.config.list_logical_devices("GPU"))
+
     def _make_step(self, tf: Any) -> Any:
         model, optimizer, strategy = self.model, self.optimizer, self.strategy
         replicas, bound, each = self.config.workers, self.preset.clip_norm, self._loss
@@ -325,8 +328,7 @@ class Trainer:
             mean = tf.reduce_mean(values) / replicas
             return mean / tf.reduce_mean(tf.cast(known, tf.float32)) if blind else mean
 
-        # Replicas average the statistics of a batch normalisation, which XLA cannot compile.
-        @tf.function(jit_compile=self.preset.xla and (replicas == 1 or not _has_state(model)))
+        @tf.function(jit_compile=self._compiled(tf))
         def gradients(noisy: Any, clean: Any, squared: Any) -> Any:
             with tf.GradientTape() as tape:
                 denoised = tf.cast(model(noisy, training=True), tf.float32)

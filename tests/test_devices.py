@@ -16,7 +16,7 @@ def test_memory_of_the_smallest_gpu(tmp_path, monkeypatch):
     assert devices.device_memory() == 24576 * 2**20
 
 
-def test_without_a_gpu_the_cores_share_what_is_free(tmp_path, monkeypatch):
+def test_without_a_gpu_the_cores_share_the_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setattr(devices, "cores", lambda: 1)

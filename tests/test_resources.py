@@ -10,7 +10,8 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from denoise_core.config import DenoiseConfig
 from denoise_core.errors import UsageError
-from denoise_core.pipelines.flow import Flow, Resources, choose_resources
+from denoise_core.pipelines.cluster import Resources, choose_resources
+from denoise_core.pipelines.flow import Flow
 
 EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e9}
 

@@ -7,7 +7,6 @@ never imports TensorFlow; it imports and starts Ray only when there is work.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 import uuid
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core import results, worklist
-from denoise_core.checkpoints import Checkpoint, load_checkpoint, shipped_names
+from denoise_core.checkpoints import Checkpoint, absolute_name, load_checkpoint
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry
 from denoise_core.devices import device_memory
@@ -28,8 +27,7 @@ from denoise_core.errors import ObjectNotFound, UsageError
 from denoise_core.lock import Lock, output_lock
 from denoise_core.pipelines.job import Facts, Job, now
 from denoise_core.report import build_report
-from denoise_core.storage import LocalStorage, Storage, StorageOptions, expand, join, storage_for
-from denoise_core.storage.local import to_path
+from denoise_core.storage import Storage, StorageOptions, absolute, expand, join, storage_for
 
 # A shard of rows is written when this many seconds or rows have gathered.
 FLUSH_S = 1.0
@@ -92,12 +90,12 @@ def run_denoising(
     for settings that cannot work, OutputLocked where another run holds the output, RunFailed
     where this one cannot go on.
     """
-    config = absolute(config)
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
-    storage = storage_for(config.output, options)
     checkpoint = load_checkpoint(config.model, model_range=config.model_range, tell=watcher.note)
+    config, geometry = resolve(config, checkpoint)
+    storage = storage_for(config.output, options)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    job = _make_job(config, checkpoint, run_id=run_id, options=options)
+    job = _make_job(config, checkpoint, geometry, run_id=run_id, options=options)
     _refuse_circular(config)
     for line in model_notes(config, checkpoint, job.geometry):
         watcher.note(line)
@@ -130,29 +128,32 @@ def model_notes(config: DenoiseConfig, checkpoint: Checkpoint, geometry: Geometr
         yield f"{checkpoint.name}: --precision bfloat16 is for our own models; using float32."
 
 
-def absolute(config: DenoiseConfig) -> DenoiseConfig:
-    """Make local paths absolute: workers have other working directories than the driver."""
-
-    def whole(uri: str) -> str:
-        local = isinstance(storage_for(uri), LocalStorage)
-        return os.path.abspath(to_path(uri)) if local else uri
-
-    return replace(
-        config,
-        inputs=tuple(whole(uri) for uri in config.inputs),
-        output=whole(config.output),
-        reference=whole(config.reference) if config.reference else None,
-        model=config.model if config.model in shipped_names() else os.path.abspath(config.model),
-    )
-
-
-def _make_job(
-    config: DenoiseConfig, checkpoint: Checkpoint, *, run_id: str, options: StorageOptions
-) -> Job:
+def resolve(config: DenoiseConfig, checkpoint: Checkpoint) -> tuple[DenoiseConfig, Geometry]:
+    """Return settings with absolute paths and the patch in pixels, and the model's geometry."""
     memory = device_memory() if config.patch == "auto" else None
     geometry = resolve_geometry(
         checkpoint.card, patch=config.patch, halo=config.halo, memory_bytes=memory
     )
+    config = replace(
+        config,
+        inputs=tuple(map(absolute, config.inputs)),
+        output=absolute(config.output),
+        reference=absolute(config.reference) if config.reference else None,
+        model=absolute_name(config.model),
+        # A number: what another machine would choose makes other pixels, and another hash.
+        patch=str(geometry.patch) if config.patch == "auto" else config.patch,
+    )
+    return config, geometry
+
+
+def _make_job(
+    config: DenoiseConfig,
+    checkpoint: Checkpoint,
+    geometry: Geometry,
+    *,
+    run_id: str,
+    options: StorageOptions,
+) -> Job:
     auto = float(checkpoint.card.get("break_even_sigma", 0.0))
     return Job(
         config=config,

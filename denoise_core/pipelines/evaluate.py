@@ -7,8 +7,6 @@ Ray only when there is work.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 import uuid
 import warnings
@@ -19,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from denoise_core.checkpoints import shipped_names
-from denoise_core.config import DenoiseConfig, EvaluateConfig, as_dict
-from denoise_core.errors import ObjectNotFound, RunFailed, StorageError
+from denoise_core.checkpoints import absolute_name
+from denoise_core.config import EvaluateConfig, as_dict
+from denoise_core.errors import ObjectNotFound, RunFailed
 from denoise_core.evaluation.methods import (
     choose_filters,
     find_model,
@@ -35,8 +33,7 @@ from denoise_core.evaluation.sources import Shot, find_shots
 from denoise_core.lock import output_lock
 from denoise_core.noise import parse_noise
 from denoise_core.pipelines.measuring import Facts, Plan, RunFilters, RunModels
-from denoise_core.storage import LocalStorage, StorageOptions, join, storage_for
-from denoise_core.storage.local import to_path
+from denoise_core.storage import StorageOptions, absolute, join, storage_for
 
 DEFAULT_NOISE = ("gaussian:25",)
 # Images of one task: digits travel together, photographs in small groups.
@@ -79,7 +76,7 @@ def run_evaluation(
     UsageError for settings that cannot work, OutputLocked where another run holds the output,
     RunFailed where this one cannot go on.
     """
-    config = absolute(config)
+    config = resolve(config)
     plan = make_plan(config, watcher)
     storage = storage_for(config.output, plan.options)
     shots = find_shots(config, plan.options)
@@ -96,24 +93,17 @@ def run_evaluation(
             _sweep(plan)
 
 
-def absolute(config: EvaluateConfig) -> EvaluateConfig:
-    """Make local paths absolute: workers have other working directories than the driver."""
-
-    def whole(uri: str) -> str:
-        local = isinstance(storage_for(uri), LocalStorage)
-        return os.path.abspath(to_path(uri)) if local else uri
-
-    def model(name: str) -> str:
+def resolve(config: EvaluateConfig) -> EvaluateConfig:
+    """Return settings with absolute paths. Raises UsageError, CheckpointError for a model."""
+    for name in config.model:
         # First, so that the sentence about an unknown one has the words that were typed.
         find_model(name, model_range=config.model_range)
-        return name if name in shipped_names() or "://" in name else os.path.abspath(name)
-
     return replace(
         config,
-        data=tuple(whole(uri) for uri in config.data),
-        output=whole(config.output),
-        reference=whole(config.reference) if config.reference else None,
-        model=tuple(model(name) for name in config.model),
+        data=tuple(map(absolute, config.data)),
+        output=absolute(config.output),
+        reference=absolute(config.reference) if config.reference else None,
+        model=tuple(map(absolute_name, config.model)),
     )
 
 
@@ -166,23 +156,17 @@ def collect(plan: Plan, shots: list[Shot], watcher: Watcher) -> Collected:
 
         if not isinstance(error, ray.exceptions.RayError):
             raise
-        raise _failure(plan, error) from error
+        from denoise_core.pipelines.cluster import stopped
+
+        raise stopped(
+            error,
+            what="the evaluation",
+            output=plan.config.output,
+            run_id=plan.run_id,
+            options=plan.options,
+            patience_s=NO_PROGRESS_S,
+        ) from error
     return collected
-
-
-def _failure(plan: Plan, error: Exception) -> RunFailed:
-    """One sentence for the user; the trace goes to a file for whoever mends it."""
-    uri = join(plan.config.output, ".denoise", f"trace-{plan.run_id}.txt")
-    text = f"{type(error).__name__}: {error}"
-    try:
-        storage_for(uri, plan.options).write(uri, text.encode("utf-8", "backslashreplace"))
-    except StorageError:
-        uri = "lost, because the output cannot be written"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = lines[-1].strip() if lines else type(error).__name__
-    return RunFailed(
-        f"the evaluation stopped on an error that no image is to blame for: {reason}. Trace: {uri}"
-    )
 
 
 def _results(plan: Plan, shots: list[Shot]) -> Iterator[pa.Table]:
@@ -194,29 +178,12 @@ def build_dataset(plan: Plan, shots: list[Shot]) -> Any:
     """Return the lazy pipeline from shots to results."""
     import ray.data
 
-    from denoise_core.pipelines.flow import choose_resources
+    from denoise_core.pipelines.cluster import fit_actors, set_data_context
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_S
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-    cluster = ray.cluster_resources()
-    config = plan.config
-    resources = choose_resources(
-        DenoiseConfig(
-            inputs=config.data,
-            output=config.output,
-            actors=config.actors,
-            gpus_per_actor=config.gpus_per_actor,
-        ),
-        cluster,
-        images=len(shots),
-        hosts=sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes()),
-    )
+    set_data_context(patience_s=NO_PROGRESS_S)
+    resources = fit_actors(plan.config, images=len(shots))
     most = TASK_PHOTOS if shots[0].index is None else TASK_DIGITS
-    together = max(1, min(most, len(shots) // (4 * int(cluster.get("CPU", 1)))))
+    together = max(1, min(most, len(shots) // (4 * resources.actors[1])))
     dataset = ray.data.from_items(
         [{"shot": json.dumps(shot.to_json()), "result": ""} for shot in shots],
         override_num_blocks=-(-len(shots) // together),

@@ -36,6 +36,7 @@ from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import DenoiseError, RunFailed, StorageError
 from denoise_core.models import architecture, input_size
+from denoise_core.pipelines.cluster import set_data_context
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
@@ -236,7 +237,7 @@ class RayStream:
         places = places_of(stage, rank=self.rank, workers=self.config.workers)
         size = len(places) * stage.crop**2 * self.preset.channels * 4 * 2
         together = max(1, min(64, BLOCK_BYTES // size))
-        quiet_data()
+        set_data_context(ordered=True)
         # From items, not from a range: reading tasks would want CPUs of which there may be none.
         dataset = ray.data.from_items(
             [{"step": step} for step in range(first, last)],
@@ -253,17 +254,6 @@ class RayStream:
             batch_size=together, batch_format="numpy", prefetch_batches=2
         ):
             yield from zip(table["noisy"], table["clean"], strict=True)
-
-
-def quiet_data() -> None:
-    """Make Ray Data keep the order, print nothing and finish what it began."""
-    import logging
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
 
 
 def input_rates(plan: Plan, *, steps: int, warm: int = 10) -> dict[str, float]:

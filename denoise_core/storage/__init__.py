@@ -15,6 +15,7 @@ from the environment, the AWS profile or the instance role, in the process that 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -41,6 +42,7 @@ __all__ = [
     "Selection",
     "Storage",
     "StorageOptions",
+    "absolute",
     "expand",
     "join",
     "storage_for",
@@ -67,6 +69,14 @@ def join(root: str, *parts: str) -> str:
             raise UsageError(f"{printable(part)!r} cannot be put below {root}: {problem}")
     root = to_path(root) if root.startswith("file://") else root
     return "/".join((root.rstrip("/"), *parts)) or "/"
+
+
+def absolute(uri: str) -> str:
+    """Return a local URI as an absolute path, since workers have other working directories.
+
+    Other URIs come back as they are.
+    """
+    return os.path.abspath(to_path(uri)) if isinstance(storage_for(uri), LocalStorage) else uri
 
 
 def expand(

@@ -1,0 +1,144 @@
+"""What the pipelines share of Ray: Ray Data's settings, an actor's resources, why one stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.exceptions import ExecutionTimeoutError
+
+from denoise_core.config import DenoiseConfig, EvaluateConfig, parse_actors
+from denoise_core.errors import RunFailed, StorageError, UsageError
+from denoise_core.storage import StorageOptions, join, storage_for
+
+# Up to so many images one actor is enough, with a thread for each core.
+FEW_IMAGES = 16
+# Ray Data's scheduler waits for tasks, but with all of them held back by full queues it turns
+# without a pause: in a training worker it took 0.6 of a core and, by Python's lock, half the speed.
+PAUSE_S = 0.02
+
+
+class _Pause(ExecutionCallback):
+    """A short rest for each turn of Ray Data's scheduler."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(PAUSE_S)
+
+
+def set_data_context(*, ordered: bool = False, patience_s: float | None = None) -> None:
+    """Make Ray Data print nothing, rest between turns and keep the order if `ordered`.
+
+    Without a finished task for `patience_s` seconds it gives up.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = ordered
+    context.execution_options.verbose_progress = False
+    context.custom_execution_callback_classes = [_Pause]
+    if patience_s is not None:
+        context.execution_no_progress_timeout_s = int(patience_s)
+    # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one actor asks of Ray, and the threads that TensorFlow may use in it."""
+
+    actors: tuple[int, int]
+    cpus: float
+    gpus: float
+    threads: int | None
+
+
+def fit_actors(config: DenoiseConfig | EvaluateConfig, *, images: int) -> Resources:
+    """Return what the actors of a run on this cluster ask for. Ray must be initialised."""
+    hosts = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    return choose_resources(config, ray.cluster_resources(), images=images, hosts=hosts)
+
+
+def choose_resources(
+    config: DenoiseConfig | EvaluateConfig,
+    cluster: dict[str, float],
+    *,
+    images: int,
+    hosts: int = 1,
+) -> Resources:
+    """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
+
+    A few images get one actor: a second would be ready when they are done.
+
+    On CPUs the actors ask for half of the cores in total, so that reading and writing never
+    starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
+    request unequal to a task's: Ray Data fuses equal neighbours, and decoding would wait for the
+    model. On several `hosts` they ask for less: actors of lost hosts begin again on the others, and
+    must leave room for two tasks there, even if half of the hosts are gone.
+    """
+    cpus, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
+    wanted = parse_actors(config.actors)
+    share = None if config.gpus_per_actor == "auto" else float(config.gpus_per_actor)
+    if "CPU" not in cluster and not gpus:
+        return _resources_to_come(wanted, share)
+    if share is not None and share > gpus:
+        raise UsageError(
+            f"--gpus-per-actor {share:g}: the cluster has {gpus:g} GPU(s). Use 'auto' for CPUs."
+        )
+    if gpus > 0 and share != 0.0:
+        share = share or 1.0
+        return Resources(wanted or (1, max(1, int(gpus / share))), 1.0, share, None)
+    most = 1 if images <= FEW_IMAGES else min(cpus, max(2, cpus // 4))
+    count = wanted or (most, most)
+    threads = max(1, cpus // count[1])
+    total = 0.5 * cpus
+    if hosts > 1:
+        total = min(total, cpus * (hosts // 2) / hosts - 1.0)
+    return Resources(count, max(0.01, round(total / count[1], 2) - 0.01), 0.0, threads)
+
+
+def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> Resources:
+    """Actors for a cluster whose workers an autoscaler has yet to start, a head with no CPUs.
+
+    Nothing in Ray tells a job what could be started (2.60 keeps it from its own libraries too).
+    """
+    if wanted is None or not share:
+        raise UsageError(
+            "the cluster has no workers yet, so the actors cannot be fitted to them: state "
+            "--gpus-per-actor and --actors MIN:MAX, or keep one worker running (minReplicas: 1)."
+        )
+    return Resources(wanted, 1.0, share, None)
+
+
+def stopped(
+    error: BaseException,
+    *,
+    what: str,
+    output: str,
+    run_id: str,
+    options: StorageOptions,
+    patience_s: float,
+) -> RunFailed:
+    """Return one sentence for the user; the trace goes to a file for whoever mends it.
+
+    `what` is what stopped, such as 'the work'; `patience_s` that of `set_data_context`.
+    """
+    uri = join(output, ".denoise", f"trace-{run_id}.txt")
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else type(error).__name__
+    if isinstance(error, ExecutionTimeoutError):
+        reason = (
+            f"nothing moved for {int(patience_s)} s; the cluster has no room for the actors "
+            "(look at `ray status`), or a machine hangs"
+        )
+    try:
+        text = f"{type(error).__name__}: {error}"
+        storage_for(uri, options).write(uri, text.encode("utf-8", "backslashreplace"))
+    except StorageError:
+        uri = "lost, because the output cannot be written"
+    return RunFailed(
+        f"{what} stopped on an error that no image is to blame for: {reason}. Trace: {uri}."
+    )
