@@ -26,7 +26,7 @@ def matched(entries: Iterable[Entry], pattern: str, *, flag: str) -> dict[str, E
     before, _, after = pattern.partition("*")
     found: dict[str, Entry] = {}
     for entry in entries:
-        folder, name = ("", entry.path) if "/" in before else posixpath.split(entry.path)
+        folder, name = ("", entry.path) if "/" in pattern else posixpath.split(entry.path)
         fits = name.startswith(before) and name.endswith(after)
         if not fits or len(name) < len(before) + len(after):
             continue

@@ -16,6 +16,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -44,7 +45,9 @@ CACHE_BYTES = 2 << 30
 # Of a collection larger than the cache: images in the moving window, and crops of each.
 WINDOW_IMAGES = 256
 CROPS_OF_EACH = 64
-VALIDATION_IMAGES = 1000
+# Held-out crops stay in memory: 300 MB of colour at the most, noisy and clean.
+VALIDATION_IMAGES, VALIDATION_PIXELS = 1000, 13_000_000
+HEADERS_AT_ONCE = 16
 AUGMENTATIONS = ("none", "flip", "rotate90", "scale", "affine")
 # ITU-R BT.601 luma, as in the grey version of BSD68.
 LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)
@@ -150,7 +153,8 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
         )
     if len(pictures) > MOST_HEADERS or pictures[0].member is not None:
         return pictures
-    return [p if p.height else _opened(p, options) for p in pictures]
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        return list(pool.map(lambda p: p if p.height else _opened(p, options), pictures))
 
 
 def _listed(data: Sequence[str], options: StorageOptions) -> Iterator[Entry]:
@@ -564,16 +568,21 @@ def validation_pairs(
 ) -> list[tuple[Array, Array]]:
     """Return (noisy, clean) float32 centre crops (h, w, C), always the same.
 
-    Sides are at most `side` and multiples of `stride`. For the self-supervised modes the pairs are
-    what these train on; there is nothing clean to compare with.
+    Sides are at most `side` and multiples of `stride`; the pairs hold about VALIDATION_PIXELS at
+    most. For the self-supervised modes the pairs are what these train on; there is nothing clean to
+    compare with.
     """
-    pairs = []
+    pairs: list[tuple[Array, Array]] = []
+    pixels = 0
     for index, picture in enumerate(pictures[:VALIDATION_IMAGES]):
+        if pixels >= VALIDATION_PIXELS:
+            break
         rng = np.random.default_rng((0, index))
         image, partner = sampler.library.get(picture)
         unit = 2 * stride if sampler.mode == "neighbor2neighbor" else stride
         height, width = (min(side, length) // unit * unit for length in image.shape[:2])
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        pixels += height * width
         place = slice(top, top + height), slice(left, left + width)
         values = to_unit(image[place], image)
         if sampler.mode == "pairs" and partner is not None:

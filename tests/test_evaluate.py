@@ -5,11 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import re
-import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browsing import browser_test, resize
 from click.testing import CliRunner
 from helpers import as_dtype, make_checkpoint, picture
 
@@ -647,29 +646,7 @@ def test_training_takes_its_settings_as_before():
 
 # --- The page in a browser --------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-CHROMEDRIVER = shutil.which("chromedriver")
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--disable-dev-shm-usage"
-)
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if os.environ.get("NO_BROWSER"):
-        pytest.skip("NO_BROWSER is set")
-    selenium = pytest.importorskip("selenium.webdriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    driver = selenium.Chrome(options=options, service=selenium.ChromeService(CHROMEDRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -687,17 +664,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "out" / "evaluation.html").as_uri()
 
 
-def resize(browser: Any, width: int) -> None:
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER),
-    reason="needs chromium and chromedriver (apt-get install chromium chromium-driver)",
-)
 class TestInChromium:
+    pytestmark = browser_test
+
     def test_it_asks_for_nothing_and_runs_no_hostile_name(self, browser: Any, page: str) -> None:
         browser.get_log("browser")
         browser.get(page)

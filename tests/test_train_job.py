@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,30 +13,14 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import RunFailed
-from denoise_core.presets import Preset, Stage
 from denoise_core.storage import storage_for
 from denoise_core.training import prepare
 
-TINY = Preset(
-    "unet",
-    {"widths": (4, 8), "blocks": (1, 1), "channels": 3},
-    default_halo=8,
-    learning_rate=1e-2,
-    stages=(Stage(0.0, 16, 4),),
-    warmup_steps=4,
-    ema=0.9,
-)
-# The job in a process of its own, with the tiny preset among the others.
-DRIVER = f"""
-from denoise_core.presets import PRESETS, Plateau, Preset, Stage
-PRESETS["tiny"] = {TINY!r}
-from jobs.train import main
-main()
-"""
 STEPS, EVERY = 200, 20
 
 # Two starts of Ray, TensorFlow and XLA in one fixture: half a minute, or five on a busy machine.
@@ -55,21 +37,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def environment() -> dict[str, str]:
-    """Ours without what quiets TensorFlow; Ray Train takes reports ten times as often."""
-    mine = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TF_CPP_MIN_LOG_LEVEL")}
-    return {**mine, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-
-
 def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env=environment(),
-    )
+    """Start a training; Ray Train takes its reports ten times as often."""
+    return start_tiny("train", *arguments, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
 
 
 def finish(*arguments: object) -> tuple[int, str, str]:
@@ -81,17 +51,6 @@ def finish(*arguments: object) -> tuple[int, str, str]:
 def history(output: Path) -> list[dict[str, str]]:
     path = output / "history.csv"
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a driver and all that it started: raylet, store, workers."""
-    parent = psutil.Process(process.pid)
-    for each in [parent, *parent.children(recursive=True)]:
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")

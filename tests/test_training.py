@@ -256,6 +256,32 @@ def test_pairs_go_by_their_names_and_are_cut_alike(tmp_path):
         TrainingData.index(settings, TINY)
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [{"noisy": "noisy/*", "clean": "clean/*"}, {"noisy": "*/low.png", "clean": "*/high.png"}],
+)
+def test_pairs_may_lie_in_folders(tmp_path, patterns):
+    for name in "abc":
+        for pattern, value in zip(patterns.values(), (90, 70), strict=True):
+            path = tmp_path / pattern.replace("*", name)
+            path.parent.mkdir(exist_ok=True)
+            write(path.with_suffix(".png"), np.full((40, 48, 3), value, np.uint8))
+    settings = config(data=(str(tmp_path),), **patterns)
+    found = TrainingData.index(settings, TINY)
+    assert len(found.training) + len(found.validation) == 3
+    noisy, clean = Sampler.make(found.training, settings, TINY).sample(step=0, place=0, crop=16)
+    assert (noisy * 255).mean() == pytest.approx(90)
+    assert (clean * 255).mean() == pytest.approx(70)
+
+
+def test_held_out_crops_stay_within_a_bound(folder, data, monkeypatch):
+    monkeypatch.setattr(training_data, "VALIDATION_PIXELS", 32 * 32 + 1)
+    pairs = validation_pairs(
+        data.validation * 3, sampler_once(folder), noise=parse_noise("clean"), side=32, stride=16
+    )
+    assert len(pairs) == 2
+
+
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 10**6), place=st.integers(0, 1000))
 def test_a_sample_is_a_function_of_seed_step_and_place(folder, seed, step, place):
     draws = replaced_seed(sampler_once(folder), seed)

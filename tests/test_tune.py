@@ -6,10 +6,7 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 import tomllib
 from dataclasses import replace
@@ -17,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
+from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.config import TrainConfig, TuneConfig
 from denoise_core.errors import RunFailed, UsageError
-from denoise_core.presets import PRESETS, Preset, Stage
+from denoise_core.presets import PRESETS, Preset
 from denoise_core.space import (
     Choices,
     Range,
@@ -39,22 +36,6 @@ from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_byt
 
 ROOT = Path(__file__).parents[1]
 UNET = PRESETS["unet-s"]
-TINY = Preset(
-    "unet",
-    {"widths": (4, 8), "blocks": (1, 1), "channels": 3},
-    default_halo=8,
-    learning_rate=1e-2,
-    stages=(Stage(0.0, 16, 4),),
-    warmup_steps=4,
-    ema=0.9,
-)
-# The job in a process of its own, with the tiny preset among the others.
-DRIVER = f"""
-from denoise_core.presets import PRESETS, Plateau, Preset, Stage
-PRESETS["tiny"] = {TINY!r}
-from jobs.tune import main
-main()
-"""
 SPACE = "learning_rate = {log = [1e-3, 3e-2]}\nloss = ['l1', 'mse']\n"
 TRIALS, STEPS = 3, 160
 # Of each search of a fixture, by its output.
@@ -523,30 +504,6 @@ def test_settings_are_checked_when_they_are_made(data, tmp_path, settings, sente
         config_of(data, tmp_path, **settings)
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    mine = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TF_CPP_MIN_LOG_LEVEL")}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        # Ray starts its workers at niceness 15: beside other work they would hardly run.
-        env={**mine, "RAY_worker_niceness": "0"},
-    )
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a driver and all that it started: raylet, store, workers."""
-    parent = psutil.Process(process.pid)
-    for each in [parent, *parent.children(recursive=True)]:
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.communicate(timeout=30)
-
-
 def table(output: Path) -> dict[str, dict[str, str]]:
     path = output / "trials.csv"
     if not path.exists():
@@ -564,7 +521,7 @@ def resumed(data, tmp_path_factory):
     arguments += ["--trials", TRIALS, "--steps", STEPS, "--precision", "float32", "--seed", 2]
     arguments += ["--concurrent", 1, "--stop", "none"]
     ARGUMENTS[str(output)] = arguments
-    process = start(*arguments)
+    process = start_tiny("tune", *arguments)
     deadline = time.monotonic() + 400
     while float(table(output).get("1", {}).get("done", 0)) < 1 / 8:
         assert process.poll() is None, process.communicate()
@@ -572,7 +529,7 @@ def resumed(data, tmp_path_factory):
         time.sleep(0.02)
     kill_all(process)
     before = table(output)
-    process = start(*arguments, "--resume")
+    process = start_tiny("tune", *arguments, "--resume")
     out, err = process.communicate(timeout=500)
     return before, output, process.returncode, out, err
 
@@ -633,7 +590,7 @@ def test_a_finished_search_is_told_again(resumed):
     """The last test of the search: it runs the job once more."""
     _, output, _, out, _ = resumed
     before = (output / "trials.csv").read_bytes()
-    process = start(*ARGUMENTS[str(output)], "--resume")
+    process = start_tiny("tune", *ARGUMENTS[str(output)], "--resume")
     again, err = process.communicate(timeout=500)
     assert (process.returncode, err) == (0, "")
     assert again[again.index("Trials,") :] == out[out.index("Trials,") :]
