@@ -20,13 +20,15 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture, rows_of
 from PIL import Image
 
 from denoise_core.errors import UsageError
 from denoise_core.images import decode
-from denoise_core.metrics import error_sums
+from denoise_core.metrics import error_sums, estimate_sigma, white_sigma
+from denoise_core.pipelines.stages import is_quiet
 from denoise_core.results import SCHEMA
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -314,6 +316,33 @@ def test_noiseless_image_is_copied_bit_for_bit(job: Any) -> None:
     assert job.rows["clean.png"]["device"] is None
     copy, source = (root / "clean.png" for root in (job.out / "images", job.source))
     assert copy.read_bytes() == source.read_bytes()
+
+
+def test_texture_is_not_taken_for_noise() -> None:
+    clean = skimage.data.chelsea()
+    noisy = clean + np.random.default_rng(0).normal(0, 3, clean.shape)
+    noisy = np.clip(noisy, 0, 255)
+    clean_file, noisy_file = file_of(clean, "png"), file_of(noisy, "png")
+    noisy_jpeg = file_of(noisy, "jpeg")
+
+    def quiet(file: bytes, *, below: float) -> bool:
+        image = decode(file, name="photo")
+        sigma = estimate_sigma(image.pixels, data_range=255)
+        return is_quiet(image, sigma=sigma, below=below, spread=255)
+
+    assert estimate_sigma(clean, data_range=255) > 1.0
+    assert quiet(clean_file, below=1.0)
+    assert not quiet(noisy_file, below=1.0)
+    assert quiet(noisy_file, below=10)
+    # After a lossy codec noise is white no more, and what looks like texture may be noise.
+    assert white_sigma(decode(noisy_jpeg, name="photo").pixels, data_range=255) < 0.7
+    assert not quiet(noisy_jpeg, below=0.7)
+
+
+def file_of(pixels: np.ndarray, form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, form, quality=90)
+    return buffer.getvalue()
 
 
 def test_run_json_and_report_tell_of_the_run(job: Any) -> None:

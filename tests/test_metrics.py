@@ -8,6 +8,7 @@ from operator import add
 
 import numpy as np
 import pytest
+import skimage.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -15,7 +16,7 @@ from skimage.restoration import estimate_sigma as skimage_sigma
 
 from denoise_core import metrics
 from denoise_core.errors import UnsupportedImage, UsageError
-from denoise_core.metrics import error_sums, estimate_sigma, residual_sums
+from denoise_core.metrics import error_sums, estimate_sigma, residual_sums, white_sigma
 
 RANGES = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 DTYPES = tuple(RANGES)
@@ -193,6 +194,31 @@ def test_sigma_equals_scikit_image(shape, dtype):
 def test_sigma_finds_the_noise(sigma):
     image, _ = noisy_pair((256, 256, 3), "float32", sigma=sigma)
     assert estimate_sigma(image, data_range=1.0) == pytest.approx(sigma, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+@pytest.mark.parametrize("sigma", [1, 2, 5, 15])
+def test_white_sigma_finds_the_noise_whatever_the_texture(name, sigma):
+    clean = getattr(skimage.data, name)()[:256, 128:384]
+    grain = white_sigma(clean, data_range=255)
+    assert grain < 1.5
+    noise = np.random.default_rng(0).normal(0, sigma, clean.shape)
+    expected = pytest.approx(math.hypot(sigma, grain), rel=0.15)
+    assert white_sigma(clean + noise, data_range=255) == expected
+    assert white_sigma((clean + noise) / 255 * 1000, data_range=1000) == expected
+
+
+def test_white_sigma_leaves_out_what_is_flat():
+    image = np.zeros((256, 256, 3))
+    image[:150, :150] = 0.5 + np.random.default_rng(0).normal(0, 10 / 255, (150, 150, 3))
+    assert white_sigma(image, data_range=1.0) == pytest.approx(10, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 900, 3), (60, 60, 3), (200, 200, 1)])
+def test_white_sigma_is_the_other_estimate_for_few_patches_and_grey(shape):
+    image = random_image(0, shape, "uint8")
+    expected = estimate_sigma(image, data_range=255)
+    assert white_sigma(image, data_range=255) == expected
 
 
 # Mirrored borders weigh on images of 9 or 10 rows, in scikit-image's estimate as in ours.

@@ -62,6 +62,10 @@ TABLE_SCHEMA = pa.schema([("facts", pa.string()), *((name, pa.large_binary()) fo
 REGION_FROM_PIXELS = 36_000_000
 # Pixels that the actor holds as floats at a time, beyond those of one region.
 GROUP_PIXELS = 8_000_000
+# Texture adds up to so many levels to the wavelet estimate of the noise.
+TEXTURE_LEVELS = 8.0
+# What these codecs leave of noise is not white.
+LOSSY = ("jpeg", "webp")
 # A watchdog ends the process itself this many times the limit after the polite time-out failed.
 HARD_TIMEOUT = 1.5
 
@@ -339,7 +343,9 @@ class Read:
         facts["size"] = list(image.pixels.shape[:2])
         facts["sigma_in"] = metrics.estimate_sigma(image.pixels, data_range=high - low)
         item.metadata = image.metadata.to_bytes()
-        if facts["sigma_in"] < self.job.copy_below and self._keeps_format():
+        if self._keeps_format() and is_quiet(
+            image, sigma=facts["sigma_in"], below=self.job.copy_below, spread=high - low
+        ):
             facts["copied"] = True
         else:
             item.alpha = image.alpha
@@ -380,6 +386,17 @@ class Read:
             "has_alpha": has_alpha,
             "data_range": [low, high],
         }
+
+
+def is_quiet(image: DecodedImage, *, sigma: float, below: float, spread: float) -> bool:
+    """Whether an image has noise under `below`, in levels; `sigma` is its wavelet estimate.
+
+    That reads no less than the true noise, but more where there is texture: there the white noise
+    is measured too. `spread` is the data range.
+    """
+    if sigma < below or sigma >= below + TEXTURE_LEVELS or image.header.format in LOSSY:
+        return sigma < below
+    return metrics.white_sigma(image.pixels, data_range=spread) < below
 
 
 def region_of(job: Job, facts: Facts) -> Region:
