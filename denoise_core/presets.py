@@ -1,7 +1,8 @@
 """Presets of `jobs.train`: an architecture with its arguments and the recipe it is trained by.
 
-`unet-*` are the project's own networks. The other five are classic small autoencoders, each with
-the architecture, loss, optimizer, schedule, epochs and batch of the system it stands for.
+`unet-*` are the project's own networks. The other five are classic small autoencoders with the
+layers, losses, optimizers and schedules that are known of the systems they stand for; what is not
+known of them (widths, some losses, epochs and batches) is as usual for such networks.
 """
 
 from __future__ import annotations

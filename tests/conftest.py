@@ -17,6 +17,8 @@ import helpers
 import pytest
 import worker_hook
 
+pytest_plugins = ["browsing"]
+
 
 @dataclass(frozen=True)
 class S3Server:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from helpers import (
 )
 
 from denoise_core import lock
-from denoise_core.errors import OutputLocked, RunFailed
+from denoise_core.errors import DenoiseError, OutputLocked, RunFailed
 from denoise_core.images import decode
 from denoise_core.results import Done
 from denoise_core.storage import LocalStorage
@@ -113,6 +115,58 @@ def wait_until(condition: Any, process: subprocess.Popen[str], *, timeout_s: flo
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 2 MB; `mount -o remount,size=...` makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("needs the right to mount a disk of its own")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_full_or_read_only_disk_ends_the_run_and_the_rerun_completes(
+    ray_session: None, checkpoint: str, tmp_path: Path, small_disk: Path, trouble: str
+) -> None:
+    def remount(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(small_disk)], check=True)
+
+    names = [f"{i:02d}" for i in range(24)]
+    (tmp_path / "in").mkdir()
+    for seed, name in enumerate(names):
+        pixels = as_dtype(picture(240, 320, 3, seed=seed), "uint8")
+        (tmp_path / "in" / f"{name}.png").write_bytes(bytes(imagecodecs.png_encode(pixels)))
+    out = small_disk / "out"
+    if trouble == "read-only":
+        # As a disk that the kernel has found faulty, after the run has begun.
+        remount("size=50m")
+        begun = denoise([tmp_path / "in" / "00.png"], out, checkpoint)
+        assert begun.within_budget
+        remount("ro")
+    with pytest.raises(DenoiseError, match=r"no space is left|is read-only"):
+        denoise(tmp_path / "in", out, checkpoint)
+    remount("rw,size=50m")
+    assert sorted(files_below(out / "images")) != [f"{name}.png" for name in names]
+    outcome = denoise(tmp_path / "in", out, checkpoint)
+    assert outcome.within_budget
+    rows = rows_of(out)
+    assert sorted(row["status"] for row in rows) == ["ok"] * len(names)
+    for row in rows:
+        assert decode(Path(row["output_uri"]).read_bytes(), name="out").pixels.shape == (
+            240,
+            320,
+            3,
+        )
 
 
 def test_sigkill_of_everything_loses_only_what_is_in_flight(

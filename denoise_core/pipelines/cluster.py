@@ -124,8 +124,12 @@ def stopped(
 ) -> RunFailed:
     """Return one sentence for the user; the trace goes to a file for whoever mends it.
 
-    `what` is what stopped, such as 'the work'; `patience_s` that of `set_data_context`.
+    What a worker raised as RunFailed says enough. `what` is what stopped, such as 'the work';
+    `patience_s` that of `set_data_context`.
     """
+    told = _run_failed(error)
+    if told is not None:
+        return RunFailed(f"{what} stopped: {told}.")
     uri = join(output, ".denoise", f"trace-{run_id}.txt")
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else type(error).__name__
@@ -142,3 +146,13 @@ def stopped(
     return RunFailed(
         f"{what} stopped on an error that no image is to blame for: {reason}. Trace: {uri}."
     )
+
+
+def _run_failed(error: BaseException | None) -> RunFailed | None:
+    """Return the RunFailed that a worker raised, out of what Ray made of it."""
+    while error is not None:
+        # Ray's own copy of the error is of its class too, but says the whole trace.
+        if isinstance(error, RunFailed) and not isinstance(error, ray.exceptions.RayError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

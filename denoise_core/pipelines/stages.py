@@ -29,9 +29,12 @@ from denoise_core import metrics
 from denoise_core.config import parse_data_range
 from denoise_core.denoiser import Denoiser, Part
 from denoise_core.errors import (
+    AccessDenied,
     ImageError,
     ImageTimeout,
+    RunFailed,
     StorageError,
+    StorageUnavailable,
     UsageError,
     WorkerDied,
 )
@@ -50,7 +53,7 @@ from denoise_core.images import (
 )
 from denoise_core.images.values import BIT_DEPTHS, UNIT_SHARE
 from denoise_core.pipelines.job import Facts, Job, now
-from denoise_core.storage import join, storage_for
+from denoise_core.storage import Storage, join, storage_for
 from denoise_core.tiling import Region
 
 Array = np.ndarray
@@ -544,7 +547,7 @@ class Write:
         facts |= self._measures(facts, noisy, denoised)
         facts |= self._against_reference(facts, noisy, denoised)
         # Last, so that a failed row never leaves an image behind.
-        self.output.write(facts["output_uri"], data)
+        write_output(self.output, facts["output_uri"], data)
 
     def _measures(self, facts: Facts, noisy: Array, denoised: Array) -> Facts:
         low, high = facts["data_range"]
@@ -614,11 +617,12 @@ class Write:
         samples = self._samples(facts, denoised, alpha)
         buffer = io.BytesIO()
         np.save(buffer, samples, allow_pickle=False)
-        self.output.write(self.job.staging(facts, f"{facts['region']:06d}.npy"), buffer.getbuffer())
+        pixels = self.job.staging(facts, f"{facts['region']:06d}.npy")
+        write_output(self.output, pixels, buffer.getbuffer())
         facts |= self._measures(facts, item.array("pixels")[core], denoised)
         # The marker comes last: a region with it is finished, whatever happens afterwards.
         marker = json.dumps({k: v for k, v in facts.items() if k not in ("started_at",)}).encode()
-        self.output.write(self.job.staging(facts, f"{facts['region']:06d}.json"), marker)
+        write_output(self.output, self.job.staging(facts, f"{facts['region']:06d}.json"), marker)
 
     def _samples(self, facts: Facts, denoised: Array, alpha: Array | None) -> Array:
         """Return channels and alpha in the output's dtype."""
@@ -634,6 +638,21 @@ class Write:
 def output_dtype(job: Job, dtype: str) -> np.dtype[Any]:
     """Return the dtype that the settings make of an image's own."""
     return np.dtype(BIT_DEPTHS.get(job.config.bit_depth, dtype))
+
+
+@contextmanager
+def no_fault_of_an_image() -> Iterator[None]:
+    """Raise RunFailed in place of what would befall every other image too: a full disk, say."""
+    try:
+        yield
+    except (AccessDenied, StorageUnavailable) as error:
+        raise RunFailed(str(error)) from None
+
+
+def write_output(storage: Storage, uri: str, data: Any) -> None:
+    """Write to the output. Raises StorageError for what concerns `uri` alone, else RunFailed."""
+    with no_fault_of_an_image():
+        storage.write(uri, data)
 
 
 def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
@@ -670,7 +689,8 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
             dtype=output_dtype(job, header.dtype).name,
             compression=job.config.compression,
         )
-        output.upload(path, facts["output_uri"])
+        with no_fault_of_an_image():
+            output.upload(path, facts["output_uri"])
     for uri in staged:
         output.delete(uri)
     return lost
