@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
 import time
@@ -20,15 +21,13 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
-import skimage.data
 import tifffile
 from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture, rows_of
 from PIL import Image
 
 from denoise_core.errors import UsageError
 from denoise_core.images import decode
-from denoise_core.metrics import error_sums, estimate_sigma, white_sigma
-from denoise_core.pipelines.stages import is_quiet
+from denoise_core.metrics import error_sums
 from denoise_core.results import SCHEMA
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -318,33 +317,6 @@ def test_noiseless_image_is_copied_bit_for_bit(job: Any) -> None:
     assert copy.read_bytes() == source.read_bytes()
 
 
-def test_texture_is_not_taken_for_noise() -> None:
-    clean = skimage.data.chelsea()
-    noisy = clean + np.random.default_rng(0).normal(0, 3, clean.shape)
-    noisy = np.clip(noisy, 0, 255)
-    clean_file, noisy_file = file_of(clean, "png"), file_of(noisy, "png")
-    noisy_jpeg = file_of(noisy, "jpeg")
-
-    def quiet(file: bytes, *, below: float) -> bool:
-        image = decode(file, name="photo")
-        sigma = estimate_sigma(image.pixels, data_range=255)
-        return is_quiet(image, sigma=sigma, below=below, spread=255)
-
-    assert estimate_sigma(clean, data_range=255) > 1.0
-    assert quiet(clean_file, below=1.0)
-    assert not quiet(noisy_file, below=1.0)
-    assert quiet(noisy_file, below=10)
-    # After a lossy codec noise is white no more, and what looks like texture may be noise.
-    assert white_sigma(decode(noisy_jpeg, name="photo").pixels, data_range=255) < 0.7
-    assert not quiet(noisy_jpeg, below=0.7)
-
-
-def file_of(pixels: np.ndarray, form: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, form, quality=90)
-    return buffer.getvalue()
-
-
 def test_run_json_and_report_tell_of_the_run(job: Any) -> None:
     run = json.loads((job.out / "run.json").read_text())
     assert run["finished"] is True
@@ -429,6 +401,43 @@ def test_result_depends_on_no_actor_neighbour_or_order(
     assert row["patches"] == 20
     assert 10 < row["sigma_in"] < 40
     assert not (out / ".denoise/regions").exists() or not files_below(out / ".denoise/regions")
+
+
+def test_large_images_have_figures_or_are_copied(checkpoint: str, tmp_path: Path) -> None:
+    """In regions: errors against a reference are those of the whole; a quiet image is copied."""
+    noisy, clean = (as_dtype(picture(700, 1100, 3, sigma=s), "uint8") for s in (20.0, 0.0))
+    pairs = {"noisy.tif": noisy, "quiet.tif": clean, "alone.tif": noisy, "other.tif": noisy}
+    for folder in ("in", "clean"):
+        (tmp_path / folder).mkdir()
+    for name, pixels in pairs.items():
+        tifffile.imwrite(tmp_path / "in" / name, pixels, tile=(256, 256), photometric="rgb")
+    for name in ("noisy.tif", "quiet.tif"):
+        tifffile.imwrite(tmp_path / "clean" / name, clean, tile=(128, 128), photometric="rgb")
+    tifffile.imwrite(tmp_path / "clean" / "other.tif", clean[:-1], photometric="rgb")
+    outcome = denoise(
+        tmp_path / "in", tmp_path / "out", checkpoint, region=512, copy_below="1.5",
+        reference=str(tmp_path / "clean"),
+    )  # fmt: skip
+    rows = by_name(tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "noisy.tif": "ok", "quiet.tif": "copied", "alone.tif": "ok", "other.tif": "ok",
+    }  # fmt: skip
+    assert {row["regions"] for row in rows.values()} == {6}
+    assert outcome.unreferenced == 2
+    assert rows["alone.tif"]["psnr"] is rows["other.tif"]["psnr"] is None
+    made = decode((tmp_path / "out/images/noisy.tif").read_bytes(), name="x").pixels
+    row = rows["noisy.tif"]
+    for image, end in ((made, ""), (noisy, "_noisy")):
+        whole = error_sums(image, clean, data_range=255)
+        assert row[f"mse{end}"] == pytest.approx(whole.mse, rel=1e-9)
+        # Without the windows that cross a region's border.
+        assert row[f"ssim{end}"] == pytest.approx(whole.ssim, abs=2e-3)
+    row = rows["quiet.tif"]
+    assert row["psnr"] == row["psnr_noisy"] == math.inf
+    assert row["sigma_in"] == row["sigma_out"] < 1.5
+    copy = tmp_path / "out/images/quiet.tif"
+    assert copy.read_bytes() == (tmp_path / "in/quiet.tif").read_bytes()
+    assert files_below(tmp_path / "out/.denoise/regions") == []
 
 
 def test_format_depth_and_strength_zero(job: Any, checkpoint: str, tmp_path: Path) -> None:

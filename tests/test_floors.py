@@ -21,6 +21,7 @@ FLOORS = [
     | {"idx", "pairs", "space", "trials"},
     {"checkpoints", "curves", "keras_files", "worklist", "results", "lock"},
     {
+        "choice",
         "denoiser",
         "export",
         "training_data",

@@ -17,6 +17,7 @@ from denoise_core.images.codecs import (
     read_metadata,
     read_window,
 )
+from denoise_core.images.exif import camera_of
 from denoise_core.images.types import (
     MAX_PIXELS,
     DecodedImage,
@@ -31,6 +32,7 @@ __all__ = [
     "DecodedImage",
     "ImageHeader",
     "ImageMetadata",
+    "camera_of",
     "data_range",
     "decode",
     "encode",

@@ -15,7 +15,8 @@ SUB_IFDS = {34665: 34664, 34853: 34852}
 placeholder of the neighbouring number is written, and renamed when its directory is appended."""
 
 # Tags of the first directory that a JPEG or PNG keeps in its EXIF block.
-CAMERA_TAGS = (271, 272, 274, 305, 306, 315, 33432)
+MAKE, MODEL = 271, 272
+CAMERA_TAGS = (MAKE, MODEL, 274, 305, 306, 315, 33432)
 ASCII, SHORT, LONG, LONG8 = 2, 3, 4, 16
 PILLOW_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error)
 
@@ -26,6 +27,18 @@ def _load(block: bytes) -> Any:
     exif = Image.Exif()
     exif.load(block)
     return exif
+
+
+def camera_of(block: bytes | None) -> str | None:
+    """The camera's maker and model as an EXIF block names them, None where it names neither."""
+    if not block:
+        return None
+    try:
+        exif = _load(block)
+        names = [str(exif[code]).strip("\0 ") for code in (MAKE, MODEL) if code in exif]
+    except PILLOW_ERRORS:
+        return None
+    return " ".join(filter(None, names)) or None
 
 
 def from_tiff(file: BinaryIO) -> bytes | None:

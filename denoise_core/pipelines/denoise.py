@@ -20,12 +20,13 @@ import numpy as np
 
 from denoise_core import results, worklist
 from denoise_core.checkpoints import Checkpoint, absolute_name, load_checkpoint
+from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry
 from denoise_core.devices import device_memory
 from denoise_core.errors import ObjectNotFound, UsageError
 from denoise_core.lock import Lock, output_lock
-from denoise_core.pipelines.job import Facts, Job, now
+from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import Storage, StorageOptions, absolute, expand, join, storage_for
 
@@ -91,13 +92,16 @@ def run_denoising(
     where this one cannot go on.
     """
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
-    checkpoint = load_checkpoint(config.model, model_range=config.model_range, tell=watcher.note)
-    config, geometry = resolve(config, checkpoint)
+    names = AUTO_MODELS if config.model == AUTO else (config.model,)
+    checkpoints = [
+        load_checkpoint(name, model_range=config.model_range, tell=watcher.note) for name in names
+    ]
+    config, geometry = resolve(config, checkpoints[0])
     storage = storage_for(config.output, options)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    job = _make_job(config, checkpoint, geometry, run_id=run_id, options=options)
+    job = _make_job(config, checkpoints, geometry, run_id=run_id, options=options)
     _refuse_circular(config)
-    for line in model_notes(config, checkpoint, job.geometry):
+    for line in model_notes(config, checkpoints[0], job.geometry):
         watcher.note(line)
     if config.dry_run:
         return _dry_run(job, storage)
@@ -105,7 +109,7 @@ def run_denoising(
     with output_lock(storage, config.output, run_id=run_id) as lock:
         if lock.taken_from:
             watcher.note(f"Took over the lock of run {lock.taken_from}, which is dead.")
-        return _Run(job, checkpoint, storage, watcher, lock, start_ray or (lambda: None)).run()
+        return _Run(job, checkpoints, storage, watcher, lock, start_ray or (lambda: None)).run()
 
 
 def model_notes(config: DenoiseConfig, checkpoint: Checkpoint, geometry: Geometry) -> Iterator[str]:
@@ -139,7 +143,7 @@ def resolve(config: DenoiseConfig, checkpoint: Checkpoint) -> tuple[DenoiseConfi
         inputs=tuple(map(absolute, config.inputs)),
         output=absolute(config.output),
         reference=absolute(config.reference) if config.reference else None,
-        model=absolute_name(config.model),
+        model=config.model if config.model == AUTO else absolute_name(config.model),
         # A number: what another machine would choose makes other pixels, and another hash.
         patch=str(geometry.patch) if config.patch == "auto" else config.patch,
     )
@@ -148,22 +152,30 @@ def resolve(config: DenoiseConfig, checkpoint: Checkpoint) -> tuple[DenoiseConfi
 
 def _make_job(
     config: DenoiseConfig,
-    checkpoint: Checkpoint,
+    checkpoints: list[Checkpoint],
     geometry: Geometry,
     *,
     run_id: str,
     options: StorageOptions,
 ) -> Job:
-    auto = float(checkpoint.card.get("break_even_sigma", 0.0))
+    below = None if config.copy_below == "auto" else float(config.copy_below)
+    names = AUTO_MODELS if config.model == AUTO else (config.model,)
+    models = tuple(
+        Model(
+            name,
+            checkpoint.name,
+            checkpoint.hash,
+            float(checkpoint.card.get("break_even_sigma", 0.0)) if below is None else below,
+        )
+        for name, checkpoint in zip(names, checkpoints, strict=True)
+    )
     return Job(
         config=config,
         run_id=run_id,
         options=options,
         geometry=geometry,
-        model_id=checkpoint.name,
-        model_hash=checkpoint.hash,
-        config_hash=pixel_hash(config, model_hash=checkpoint.hash),
-        copy_below=auto if config.copy_below == "auto" else float(config.copy_below),
+        models=models,
+        config_hash=pixel_hash(config, model_hash="+".join(model.hash for model in models)),
     )
 
 
@@ -240,13 +252,13 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        checkpoint: Checkpoint,
+        checkpoints: list[Checkpoint],
         storage: Storage,
         watcher: Watcher,
         lock: Lock,
         start_ray: Callable[[], None],
     ) -> None:
-        self.job, self.checkpoint, self.storage, self.watcher = job, checkpoint, storage, watcher
+        self.job, self.checkpoints, self.storage, self.watcher = job, checkpoints, storage, watcher
         self.lock, self.start_ray = lock, start_ray
         self.out = job.config.output
         self.journal = results.Journal(storage, self.out, run_id=job.run_id)
@@ -339,7 +351,6 @@ class _Run:
         flow = Flow(
             self.job,
             shards,
-            model=self.job.config.model,
             mean_bytes=self.mean_bytes,
             images=self.totals.to_do,
         )
@@ -402,7 +413,10 @@ class _Run:
             "config_hash": job.config_hash,
             "patch": job.geometry.patch,
             "halo": job.geometry.halo,
-            "model": {k: v for k, v in self.checkpoint.card.items() if k != "arguments"},
+            "models": [
+                {k: v for k, v in each.card.items() if k != "arguments"}
+                for each in self.checkpoints
+            ],
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("ray", "keras", "numpy", "pyarrow")},
@@ -427,6 +441,7 @@ class _Run:
 def to_row(job: Job, facts: Facts) -> results.Row:
     """Turn an item's final facts into a row of the report."""
     failed = "error_type" in facts
+    model = job.model(facts) if len(job.models) == 1 or "model" in facts else None
     height, width = facts.get("size", (None, None))
     shape = facts.get("shape", (None, None, None))
     same = {
@@ -449,8 +464,8 @@ def to_row(job: Job, facts: Facts) -> results.Row:
         width=width,
         height=height,
         channels=shape[2],
-        model_id=job.model_id,
-        model_hash=job.model_hash,
+        model_id=model.id if model else None,
+        model_hash=model.hash if model else None,
         config_hash=job.config_hash,
         patch=job.geometry.patch,
         halo=job.geometry.halo,
@@ -484,4 +499,6 @@ def merge_regions(regions: list[Facts]) -> Facts:
     shifts = np.array([facts["mean_shift"] for facts in regions])
     merged["mean_shift"] = (weights @ shifts).tolist()
     merged["attempts"] = max(facts["attempts"] for facts in regions)
+    if any("reference_uri" in facts or "reference_problem" in facts for facts in regions):
+        merged |= merge_reference(regions)
     return merged

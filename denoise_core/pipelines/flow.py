@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,18 @@ NO_PROGRESS_S = 600
 TICK_S = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What is called to make the bodies of the stages that touch pixels; `standins` has others."""
+
+    read: Callable[[Job, Any], Any] = Read
+    denoise: type = Denoise
+    write: Callable[[Job, Any], Any] = Write
+
+
+STAGES = Stages()
+
+
 class Flow:
     """The results of a work list as they come: iterate once.
 
@@ -36,12 +48,18 @@ class Flow:
     """
 
     def __init__(
-        self, job: Job, shards: list[str], *, model: str, mean_bytes: float, images: int
+        self,
+        job: Job,
+        shards: list[str],
+        *,
+        mean_bytes: float,
+        images: int,
+        stages: Stages = STAGES,
     ) -> None:
         self.job = job
         actor: Any = Ledger
         self.dataset = build_dataset(
-            job, shards, actor.remote(), model=model, mean_bytes=mean_bytes, images=images
+            job, shards, actor.remote(), mean_bytes=mean_bytes, images=images, stages=stages
         )
         self.inbox: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
         self.assembling: dict[Any, Facts] = {}
@@ -113,7 +131,13 @@ class Flow:
 
 
 def build_dataset(
-    job: Job, shards: list[str], ledger: Any, *, model: str, mean_bytes: float, images: int
+    job: Job,
+    shards: list[str],
+    ledger: Any,
+    *,
+    mean_bytes: float,
+    images: int,
+    stages: Stages = STAGES,
 ) -> ray.data.Dataset:
     """Return the lazy pipeline from work-list shards to rows of facts."""
     # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
@@ -132,13 +156,12 @@ def build_dataset(
         Expand(job, ledger), batch_format="pyarrow", batch_size=None, **task
     )
     dataset = dataset.map_batches(
-        Read(job, ledger), batch_format="pyarrow", batch_size=None, **task
+        stages.read(job, ledger), batch_format="pyarrow", batch_size=None, **task
     )
     dataset = dataset.map_batches(
-        Denoise,
+        stages.denoise,
         fn_constructor_args=(job, ledger),
         fn_constructor_kwargs={
-            "model": model,
             "threads": resources.threads,
             "use_gpu": resources.gpus > 0,
         },
@@ -150,7 +173,9 @@ def build_dataset(
             min_size=resources.actors[0], max_size=resources.actors[1]
         ),
     )
-    return dataset.map_batches(Write(job, ledger), batch_format="pyarrow", batch_size=None, **task)
+    return dataset.map_batches(
+        stages.write(job, ledger), batch_format="pyarrow", batch_size=None, **task
+    )
 
 
 @dataclass(frozen=True, slots=True)

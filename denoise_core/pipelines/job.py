@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import reduce
+from operator import add
 from typing import Any
 
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
+from denoise_core.metrics import ErrorSums
 from denoise_core.storage import StorageOptions, join
 
 Facts = dict[str, Any]
@@ -15,17 +18,35 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """A model that a run may use: `name` as `load_checkpoint` takes it; `id`, `hash` for the row.
+
+    `copy_below`, in levels, is the noise under which an image is copied rather than denoised.
+    """
+
+    name: str
+    id: str
+    hash: str
+    copy_below: float
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One run's settings, resolved. Picklable; holds no credential."""
+    """One run's settings, resolved. Picklable; holds no credential.
+
+    Of several `models`, each image's facts name by place the one that was chosen for it.
+    """
 
     config: DenoiseConfig
     run_id: str
     options: StorageOptions
     geometry: Geometry
-    model_id: str
-    model_hash: str
+    models: tuple[Model, ...]
     config_hash: str
-    copy_below: float
+
+    def model(self, facts: Facts) -> Model:
+        """Return the model of an image. Raises KeyError where one is yet to be chosen."""
+        return self.models[facts["model"] if len(self.models) > 1 else 0]
 
     def staging(self, facts: Facts, name: str) -> str:
         """URI of one region's file between its writer and the assembly of its image.
@@ -42,3 +63,28 @@ class Job:
 def now() -> str:
     """The time as ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat()
+
+
+def reference_figures(after: ErrorSums, before: ErrorSums) -> Facts:
+    """Return the row's figures against a reference, of the denoised and of the noisy image."""
+    return {
+        "psnr": after.psnr,
+        "ssim": after.ssim,
+        "mse": after.mse,
+        "psnr_noisy": before.psnr,
+        "ssim_noisy": before.ssim,
+        "mse_noisy": before.mse,
+    }
+
+
+def merge_reference(regions: list[Facts]) -> Facts:
+    """Return an image's figures against its reference; every region has to have its sums."""
+    for facts in regions:
+        if "after" not in facts:
+            missing = "some of its regions were done before --reference was given"
+            problem = facts.get("reference_problem", missing)
+            return {"reference_uri": None, "reference_problem": problem}
+    after, before = (
+        reduce(add, (ErrorSums(**facts[name]) for facts in regions)) for name in ("after", "before")
+    )
+    return reference_figures(after, before)

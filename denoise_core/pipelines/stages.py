@@ -10,13 +10,14 @@ from __future__ import annotations
 import faulthandler
 import io
 import json
+import shutil
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +27,8 @@ import pyarrow as pa
 import ray
 
 from denoise_core import metrics
-from denoise_core.config import parse_data_range
+from denoise_core.choice import choose, is_quiet, noise_sigma
+from denoise_core.config import DenoiseConfig, parse_data_range
 from denoise_core.denoiser import Denoiser, Part
 from denoise_core.errors import (
     AccessDenied,
@@ -52,7 +54,7 @@ from denoise_core.images import (
     to_dtype,
 )
 from denoise_core.images.values import BIT_DEPTHS, UNIT_SHARE
-from denoise_core.pipelines.job import Facts, Job, now
+from denoise_core.pipelines.job import Facts, Job, merge_reference, now, reference_figures
 from denoise_core.storage import Storage, join, storage_for
 from denoise_core.tiling import Region
 
@@ -65,10 +67,8 @@ TABLE_SCHEMA = pa.schema([("facts", pa.string()), *((name, pa.large_binary()) fo
 REGION_FROM_PIXELS = 36_000_000
 # Pixels that the actor holds as floats at a time, beyond those of one region.
 GROUP_PIXELS = 8_000_000
-# Texture adds up to so many levels to the wavelet estimate of the noise.
-TEXTURE_LEVELS = 8.0
-# What these codecs leave of noise is not white.
-LOSSY = ("jpeg", "webp")
+# A large image's noise is estimated on so many windows of so many pixels a side.
+SAMPLES, SAMPLE_SIDE = 16, 256
 # A watchdog ends the process itself this many times the limit after the polite time-out failed.
 HARD_TIMEOUT = 1.5
 
@@ -290,7 +290,34 @@ class Expand:
                 parse_data_range(self.job.config.data_range)
                 or self._range(file, header, regions, name=facts["path"])
             )
+            metadata = read_metadata(file, name=facts["path"])
+            if len(self.job.models) > 1:
+                facts["model"] = choose(header, metadata)
+            if keeps_format(self.job.config) and self._is_quiet(file, header, regions, facts):
+                return [item]
         return [Item({**facts, "region": index}) for index in range(len(regions))]
+
+    def _is_quiet(
+        self, file: BinaryIO, header: ImageHeader, regions: list[Region], facts: Facts
+    ) -> bool:
+        """Decide by samples whether the image is copied whole; if so, note what there is to say."""
+        low, high = facts["data_range"]
+        windows = list(sample_windows(file, regions, name=facts["path"]))
+        sigma = noise_sigma(windows, spread=high - low)
+        below = self.job.model(facts).copy_below
+        if not is_quiet(windows, codec=header.format, sigma=sigma, below=below, spread=high - low):
+            return False
+        facts |= {
+            "regions": 1,
+            "region_count": len(regions),
+            "copied": True,
+            "streamed": True,
+            "shape": [header.height, header.width, header.channels],
+            "dtype": header.dtype,
+            "has_alpha": header.has_alpha,
+            "sigma_in": sigma,
+        }
+        return True
 
     @staticmethod
     def _range(
@@ -315,6 +342,15 @@ def float_range(file: BinaryIO, regions: list[Region], *, name: str) -> tuple[fl
     return (low, high) if high > low else (low, low + 1.0)
 
 
+def sample_windows(file: BinaryIO, regions: list[Region], *, name: str) -> Iterator[Array]:
+    """Yield (h, w, C) pixels from the middle of evenly spread regions of a large image."""
+    for index in sorted({round(i) for i in np.linspace(0, len(regions) - 1, SAMPLES)}):
+        y0, y1, x0, x1 = regions[index].core
+        y, x = (max(a, (a + b - SAMPLE_SIDE) // 2) for a, b in ((y0, y1), (x0, x1)))
+        rows, columns = slice(y, min(y1, y + SAMPLE_SIDE)), slice(x, min(x1, x + SAMPLE_SIDE))
+        yield read_window(file, y=rows, x=columns, name=name)[0]
+
+
 class Read:
     """Fetch and decode; estimate the noise; decide whether the image is copied."""
 
@@ -334,6 +370,8 @@ class Read:
     def _read(self, item: Item) -> None:
         facts = item.facts
         storage = storage_for(facts["source_uri"], self.job.options)
+        if facts.get("streamed"):
+            return
         if facts["regions"] > 1:
             self._read_region(item, storage)
             return
@@ -346,21 +384,19 @@ class Read:
         facts["size"] = list(image.pixels.shape[:2])
         facts["sigma_in"] = metrics.estimate_sigma(image.pixels, data_range=high - low)
         item.metadata = image.metadata.to_bytes()
-        if self._keeps_format() and is_quiet(
-            image, sigma=facts["sigma_in"], below=self.job.copy_below, spread=high - low
+        if len(self.job.models) > 1:
+            facts["model"] = choose(image.header, image.metadata)
+        if keeps_format(self.job.config) and is_quiet(
+            [image.pixels],
+            codec=image.header.format,
+            sigma=facts["sigma_in"],
+            below=self.job.model(facts).copy_below,
+            spread=high - low,
         ):
             facts["copied"] = True
         else:
             item.alpha = image.alpha
         item.pixels = image.pixels
-
-    def _keeps_format(self) -> bool:
-        config = self.job.config
-        return (config.format, config.bit_depth, config.compression) == (
-            "preserve",
-            "preserve",
-            None,
-        )
 
     def _read_region(self, item: Item, storage: Any) -> None:
         facts = item.facts
@@ -391,15 +427,9 @@ class Read:
         }
 
 
-def is_quiet(image: DecodedImage, *, sigma: float, below: float, spread: float) -> bool:
-    """Whether an image has noise under `below`, in levels; `sigma` is its wavelet estimate.
-
-    That reads no less than the true noise, but more where there is texture: there the white noise
-    is measured too. `spread` is the data range.
-    """
-    if sigma < below or sigma >= below + TEXTURE_LEVELS or image.header.format in LOSSY:
-        return sigma < below
-    return metrics.white_sigma(image.pixels, data_range=spread) < below
+def keeps_format(config: DenoiseConfig) -> bool:
+    """Whether an output is of its input's format and depth, so that a copy will do."""
+    return (config.format, config.bit_depth, config.compression) == ("preserve", "preserve", None)
 
 
 def region_of(job: Job, facts: Facts) -> Region:
@@ -425,26 +455,33 @@ def groups(items: list[Item]) -> Iterator[list[Item]]:
 
 
 class Denoise:
-    """The actor: holds the model, cuts patches of all items it is given, pastes the results."""
+    """The actor: holds the models, cuts patches of all items it is given, pastes the results."""
 
-    def __init__(
-        self, job: Job, ledger: Any, *, model: str, threads: int | None, use_gpu: bool
-    ) -> None:
-        from denoise_core.checkpoints import load_checkpoint
+    def __init__(self, job: Job, ledger: Any, *, threads: int | None, use_gpu: bool) -> None:
         from denoise_core.devices import configure_tensorflow
 
         configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.job, self.guard = job, Guard(job, "denoise", ledger)
-        size = job.config.batch_size
-        self.denoiser = Denoiser(
-            # Stride and halo of a user's Keras file are in the geometry, measured by the driver.
-            load_checkpoint(model, model_range=job.config.model_range, measure=False),
-            geometry=job.geometry,
-            batch_size=None if size == "auto" else int(size),
-            strength=job.config.strength,
-            precision=job.config.precision,
-        )
-        self.denoiser.warm_up()
+        self.denoisers: dict[str, Denoiser] = {}
+        self._denoiser(job.models[0].name)
+
+    def _denoiser(self, name: str) -> Denoiser:
+        """Return a model, warm; those that no image asks for are never loaded."""
+        from denoise_core.checkpoints import load_checkpoint
+
+        if name not in self.denoisers:
+            config = self.job.config
+            denoiser = Denoiser(
+                # A user's Keras file: stride and halo are in the geometry, measured by the driver.
+                load_checkpoint(name, model_range=config.model_range, measure=False),
+                geometry=self.job.geometry,
+                batch_size=None if config.batch_size == "auto" else int(config.batch_size),
+                strength=config.strength,
+                precision=config.precision,
+            )
+            denoiser.warm_up()
+            self.denoisers[name] = denoiser
+        return self.denoisers[name]
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Fill in `denoised` with the core's values in the image's own dtype."""
@@ -476,9 +513,15 @@ class Denoise:
                 self._predict([item])
 
     def _predict(self, items: list[Item]) -> None:
+        for model in self.job.models:
+            chosen = [item for item in items if self.job.model(item.facts) == model]
+            if chosen:
+                self._predict_by(self._denoiser(model.name), chosen)
+
+    def _predict_by(self, denoiser: Denoiser, items: list[Item]) -> None:
         parts = [self._part(item) for item in items]
         try:
-            results = self.denoiser.denoise_parts(parts)
+            results = denoiser.denoise_parts(parts)
         except Exception as error:
             if type(error).__name__ != "ResourceExhaustedError":
                 raise
@@ -488,8 +531,8 @@ class Denoise:
             item.facts |= {
                 "core_shape": list(values.shape),
                 "patches": len(part.region.patches),
-                "device": self.denoiser.device,
-                "precision": self.denoiser.precision,
+                "device": denoiser.device,
+                "precision": denoiser.precision,
             }
 
     def _part(self, item: Item) -> Part:
@@ -525,6 +568,9 @@ class Write:
         facts = item.facts
         if facts["regions"] > 1:
             self._stage_region(item)
+            return
+        if facts.get("streamed"):
+            self._copy_streamed(facts)
             return
         if facts.get("copied"):
             data = storage_for(facts["source_uri"], self.job.options).read(facts["source_uri"])
@@ -588,14 +634,68 @@ class Write:
         clean = self._same_units(reference, denoised.dtype, low, high)
         after = metrics.error_sums(denoised, clean, data_range=high - low)
         before = metrics.error_sums(noisy, clean, data_range=high - low)
-        return {
-            "reference_uri": uri,
-            "psnr": after.psnr,
-            "ssim": after.ssim,
-            "mse": after.mse,
-            "psnr_noisy": before.psnr,
-            "ssim_noisy": before.ssim,
-            "mse_noisy": before.mse,
+        return {"reference_uri": uri, **reference_figures(after, before)}
+
+    def _region_against_reference(
+        self, facts: Facts, core: tuple[slice, slice], noisy: Array, denoised: Array
+    ) -> Facts:
+        """Return sums that merge over the regions, of `core`, a region's place in the image."""
+        root = self.job.config.reference
+        if root is None:
+            return {}
+        uri = join(root, facts["path"])
+        try:
+            with storage_for(root, self.job.options).open(uri) as file:
+                header = read_header(file, name=uri, max_pixels=1 << 62)
+                if not header.windowed or np.dtype(header.dtype) != denoised.dtype:
+                    return {
+                        "reference_problem": f"{uri}: {header.dtype} {header.format}; that "
+                        f"of a large image has to be a TIFF of {denoised.dtype} in tiles or strips"
+                    }
+                shape = [header.height, header.width, header.channels]
+                if shape != [*facts["size"], denoised.shape[2]]:
+                    return {"reference_problem": f"{uri}: shape {tuple(shape)}"}
+                clean, _ = read_window(file, y=core[0], x=core[1], name=uri)
+        except (ImageError, StorageError) as error:
+            return {"reference_problem": str(error)}
+        low, high = facts["data_range"]
+        before = metrics.error_sums(noisy, clean, data_range=high - low)
+        after = (
+            before
+            if denoised is noisy
+            else metrics.error_sums(denoised, clean, data_range=high - low)
+        )
+        return {"reference_uri": uri, "after": asdict(after), "before": asdict(before)}
+
+    def _copy_streamed(self, facts: Facts) -> None:
+        """Copy a large quiet image by way of a temporary file."""
+        source = storage_for(facts["source_uri"], self.job.options)
+        name = facts["path"]
+        sums = []
+        with source.open(facts["source_uri"]) as file:
+            for region in self.job.geometry.regions(*facts["size"], region=self.job.config.region):
+                if self.job.config.reference is None:
+                    break
+                y0, y1, x0, x1 = region.core
+                core = slice(y0, y1), slice(x0, x1)
+                pixels, _ = read_window(file, y=core[0], x=core[1], name=name)
+                sums.append(self._region_against_reference(facts, core, pixels, pixels))
+                if "reference_problem" in sums[-1]:
+                    break
+            file.seek(0)
+            with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
+                path = Path(folder) / "image.tif"
+                with path.open("wb") as copy:
+                    shutil.copyfileobj(file, copy, 1 << 24)
+                with no_fault_of_an_image():
+                    self.output.upload(path, facts["output_uri"])
+        if sums:
+            facts |= merge_reference(sums)
+        facts |= {
+            "metadata_lost": [],
+            "sigma_out": facts["sigma_in"],
+            "mean_shift": [0.0] * facts["shape"][2],
+            "clipped_fraction": 0.0,
         }
 
     @staticmethod
@@ -614,12 +714,15 @@ class Write:
         top, _, left, _ = region.window(*facts["size"])
         core = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
         alpha = item.array("alpha")[core] if item.alpha is not None else None
+        noisy = item.array("pixels")[core]
+        place = slice(y0, y1), slice(x0, x1)
+        facts |= self._region_against_reference(facts, place, noisy, denoised)
         samples = self._samples(facts, denoised, alpha)
         buffer = io.BytesIO()
         np.save(buffer, samples, allow_pickle=False)
         pixels = self.job.staging(facts, f"{facts['region']:06d}.npy")
         write_output(self.output, pixels, buffer.getbuffer())
-        facts |= self._measures(facts, item.array("pixels")[core], denoised)
+        facts |= self._measures(facts, noisy, denoised)
         # The marker comes last: a region with it is finished, whatever happens afterwards.
         marker = json.dumps({k: v for k, v in facts.items() if k not in ("started_at",)}).encode()
         write_output(self.output, self.job.staging(facts, f"{facts['region']:06d}.json"), marker)

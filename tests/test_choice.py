@@ -1,0 +1,75 @@
+"""What an image shows, and what becomes of it: copied or denoised, and by which model."""
+
+from __future__ import annotations
+
+import io
+
+import imagecodecs
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from denoise_core.choice import AUTO_MODELS, choose, is_quiet, noise_sigma
+from denoise_core.images import decode
+from denoise_core.metrics import estimate_sigma, white_sigma
+
+
+def file_of(pixels: np.ndarray, form: str, *, maker: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    if maker is not None:
+        exif[271] = maker
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, form, quality=90, exif=exif)
+    return buffer.getvalue()
+
+
+def test_texture_is_not_taken_for_noise() -> None:
+    clean = skimage.data.chelsea()
+    noisy = clean + np.random.default_rng(0).normal(0, 3, clean.shape)
+    noisy = np.clip(noisy, 0, 255)
+    clean_file, noisy_file = file_of(clean, "png"), file_of(noisy, "png")
+    noisy_jpeg = file_of(noisy, "jpeg")
+
+    def quiet(file: bytes, *, below: float) -> bool:
+        image = decode(file, name="photo")
+        sigma = noise_sigma([image.pixels], spread=255)
+        return is_quiet(
+            [image.pixels], codec=image.header.format, sigma=sigma, below=below, spread=255
+        )
+
+    assert estimate_sigma(clean, data_range=255) > 1.0
+    assert quiet(clean_file, below=1.0)
+    assert not quiet(noisy_file, below=1.0)
+    assert quiet(noisy_file, below=10)
+    # After a lossy codec noise is white no more, and what looks like texture may be noise.
+    assert white_sigma(decode(noisy_jpeg, name="photo").pixels, data_range=255) < 0.7
+    assert not quiet(noisy_jpeg, below=0.7)
+
+
+@pytest.mark.parametrize(
+    ("form", "maker", "model"),
+    [
+        ("jpeg", None, "unet-s-photo"),
+        ("webp", None, "unet-s-photo"),
+        ("png", "Maker", "unet-s-photo"),
+        ("tiff", "Maker", "unet-s-photo"),
+        ("png", None, "unet-s"),
+        ("png", "  ", "unet-s"),
+        ("bmp", None, "unet-s"),
+    ],
+)
+def test_pictures_of_cameras_go_to_the_model_for_them(
+    form: str, maker: str | None, model: str
+) -> None:
+    image = decode(file_of(skimage.data.chelsea(), form, maker=maker), name="picture")
+    assert AUTO_MODELS[choose(image.header, image.metadata)] == model
+
+
+def test_more_than_8_bits_are_no_camera_picture() -> None:
+    pixels = skimage.data.chelsea().astype(np.uint16) * 257
+    image = decode(bytes(imagecodecs.png_encode(pixels)), name="scan.png")
+    image.metadata.exif = decode(
+        file_of(skimage.data.chelsea(), "png", maker="Maker"), name="photo.png"
+    ).metadata.exif
+    assert AUTO_MODELS[choose(image.header, image.metadata)] == "unet-s"
