@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# Of the running statistics: Keras' 0.99 is far behind the weights in a run of a few hundred steps.
+BN_MOMENTUM = 0.9
+
 UPS = ("upsample", "transposed")
 
 
@@ -33,7 +36,7 @@ def build(
         raise ValueError(f"up is {up!r}: expected one of {', '.join(UPS)}")
 
     def activate(x: Any) -> Any:
-        return layers.ReLU()(layers.BatchNormalization()(x) if norm else x)
+        return layers.ReLU()(layers.BatchNormalization(momentum=BN_MOMENTUM)(x) if norm else x)
 
     noisy = x = keras.Input((None, None, channels), name="noisy")
     for width in widths:
