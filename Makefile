@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV_VERSION := 0.9.30
 BIN := .venv/bin
 
-.PHONY: install demo test test-cluster check lock clean
+.PHONY: install demo test test-cluster test-chaos check lock clean
 
 # Compiled at install: without bytecode every start of TensorFlow and Ray is ten seconds slower.
 install: .venv/installed
@@ -21,9 +21,15 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Hosts as network namespaces, faults while a run works; root, some ten minutes.
+# Hosts as network namespaces, faults while a run works; root, some twenty minutes.
 test-cluster: install
 	DENOISE_TEST_CLUSTER=1 $(BIN)/python -m pytest -s tests/test_hosts.py
+
+# The same with random faults: `make test-chaos SEED=2 MINUTES=10`.
+SEED ?= 1
+MINUTES ?= 5
+test-chaos: install
+	$(BIN)/python tests/chaos.py --seed $(SEED) --minutes $(MINUTES)
 
 check: install
 	$(BIN)/ruff check .

@@ -127,8 +127,9 @@ class DenoiseConfig:
     )
     output: str = setting(help="Folder or s3://bucket/prefix for images and reports.")
     model: str = setting(
-        "unet-s",
-        "A shipped model's name, or the path of a checkpoint or of a Keras file (.keras, .h5).",
+        "auto",
+        "A shipped model's name, or the path of a checkpoint or of a Keras file (.keras, .h5); "
+        "auto: unet-s-photo for 8-bit pictures from cameras, unet-s for the rest.",
         metavar="NAME|PATH",
     )
     model_range: str = setting(

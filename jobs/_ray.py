@@ -25,7 +25,8 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Calls to a machine that is cut off stay open until Ray asks: after 300 s, and for 120 s more.
-    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "30000")
+    # Ray's servers hang up on who asks more often than once a minute: a training's one long call.
+    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
     os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
     # Without this a thread that outlives Ray at the end of a run starts a new one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")

@@ -1,9 +1,11 @@
-"""Measure speed, quality, precision, memory and listing on this machine.
+"""Measure speed, quality, precision, memory, listing and scale on this machine.
 
     python -m jobs.benchmark throughput --output DIR [--megapixels 200] [--data PHOTOS]
     python -m jobs.benchmark quality    --output DIR --data CLEAN [--baselines NAME,NAME]
     python -m jobs.benchmark input      --output DIR --data CLEAN [--preset NAME]
+    python -m jobs.benchmark harm       --output DIR --data CLEAN
     python -m jobs.benchmark precision | memory | listing --output DIR
+    python -m jobs.benchmark scale      --output DIR [--actors 1,4,16] [--patch-ms MS]
     python -m jobs.benchmark all        --output DIR --data CLEAN,CLEAN
 
 Each writes DIR/NAME.md and DIR/NAME.json; `all` also DIR/benchmark.md.
@@ -21,11 +23,14 @@ from typing import Any
 import click
 
 from denoise_core.benchmarks import (
+    HarmConfig,
     InputConfig,
     ListingConfig,
     MemoryConfig,
     PrecisionConfig,
     QualityConfig,
+    ScaleConfig,
+    SimulationConfig,
     ThroughputConfig,
     join_results,
     write_result,
@@ -38,10 +43,12 @@ from jobs._cli import settings_command
 BENCHMARKS: dict[str, tuple[type, str]] = {
     "throughput": (ThroughputConfig, "Mpx/s of jobs.denoise, of a plain loop, of the bare model."),
     "quality": (QualityConfig, "PSNR and SSIM beside Mpx/s, of models and classical filters."),
+    "harm": (HarmConfig, "What becomes of images with little noise or none."),
     "precision": (PrecisionConfig, "float32 against bfloat16: speed and dB."),
     "input": (InputConfig, "Training's steps/s with Ray Data's crops and with some in memory."),
     "memory": (MemoryConfig, "Peak memory of the workers: one large TIFF, and photographs."),
     "listing": (ListingConfig, "Time and memory of planning a million images."),
+    "scale": (ScaleConfig, "How many devices the job keeps busy: 1 to 64 actors that sleep."),
 }
 
 
@@ -78,6 +85,9 @@ class AllConfig:
             "quality": QualityConfig(
                 output=output, model=model, data=self.data, limit=self.limit, images=self.images
             ),
+            "harm": HarmConfig(
+                output=output, model=model, data=next(iter(split_words(self.data)), None)
+            ),
             "precision": PrecisionConfig(
                 output=output, model=model, data=next(iter(split_words(self.data)), None)
             ),
@@ -112,13 +122,27 @@ def _one(name: str) -> Callable[[Any], int]:
     return run
 
 
+def simulated(config: SimulationConfig) -> int:
+    """Make the one run that `scale` watches."""
+    from denoise_core.benchmarks.simulation import simulate
+    from jobs._ray import start_ray
+
+    simulate(config, start_ray=start_ray)
+    return 0
+
+
 @click.group(context_settings={"max_content_width": 100})
 def main() -> None:
-    """Measure speed, quality, precision, memory and listing on this machine."""
+    """Measure speed, quality, precision, memory, listing and scale on this machine."""
 
 
 for _name, (_settings, _help) in BENCHMARKS.items():
     main.add_command(settings_command(_settings, _one(_name), name=_name, help=_help))
+_simulate = settings_command(
+    SimulationConfig, simulated, name="simulate", help="One run without pixels, for `scale`."
+)
+_simulate.hidden = True
+main.add_command(_simulate)
 main.add_command(settings_command(AllConfig, measure_all, name="all", help="All of them."))
 
 if __name__ == "__main__":

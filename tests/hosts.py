@@ -1,7 +1,7 @@
 """A Ray cluster of several hosts on one machine, and what can befall it. Needs root.
 
-Hosts are network namespaces joined by a bridge: a head without CPUs, two workers and one in reserve;
-the S3 server is on the bridge's own address, and so is who submits.
+Hosts are network namespaces joined by a bridge: a head without CPUs, two workers and one in
+reserve; the S3 server is on the bridge's own address, and so is who submits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"
 HEAD, WORKERS, RESERVE = 1, (2, 3), 4
-ACTOR = "ray::MapWorker(MapBatches(Denoise"
-DRIVER = "python -m jobs.denoise"
+# Words in the command lines of processes.
+ACTOR, DRIVER, RAYLET = (
+    "ray::MapWorker(MapBatches(Denoise",
+    "python -m jobs.denoise",
+    "raylet/raylet",
+)
 # Folders of the bucket. The S3 server remembers for minutes what it has listed, so they are there
 # from the beginning.
 FOLDERS = ("in", "poison", "photos")
@@ -64,6 +68,12 @@ class Tally:
             self.lost + other.lost,
             self.doubled + other.doubled,
             self.truncated + other.truncated,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"of {self.images} images lost {self.lost}, doubled {self.doubled}, "
+            f"truncated {self.truncated}"
         )
 
 
@@ -210,13 +220,19 @@ class Hosts:
         time.sleep(seconds)
         self.s3.send_signal(signal.SIGCONT)
 
-    def storage_is_away(self, seconds: float) -> None:
+    def storage_refuses(self, seconds: float) -> None:
         """The S3 server is gone, connections are refused."""
         assert self.s3 is not None
         self.s3.kill()
         self.s3.wait()
         time.sleep(seconds)
         self.start_s3()
+
+    def is_alive(self, number: int) -> bool:
+        """Whether the head counts on a host."""
+        nodes = self.ask("v0/nodes")["data"]["result"]["result"]
+        address = f"{NETWORK}.{number}"
+        return any((node["node_ip"], node["state"]) == (address, "ALIVE") for node in nodes)
 
     # --- jobs -----------------------------------------------------------------------------------
 
@@ -230,25 +246,29 @@ class Hosts:
             cwd=ROOT, check=True, capture_output=True, timeout=200,
         )  # fmt: skip
 
-    def denoise(self, name: str, out: str, *more: Any, source: str = "in", **env: Any) -> None:
+    def denoise(self, name: str, out: str, *, source: str = "in", **more: Any) -> None:
         """Submit `jobs.denoise` from s3://bucket/SOURCE to s3://bucket/OUT."""
         words = ["-m", "jobs.denoise", f"s3://bucket/{source}", "--output", f"s3://bucket/{out}"]
-        model = ["--model", self.folder / "model", "--precision", "float32"]
-        self.submit(name, *words, *model, *more, **env)
+        words += ["--model", f"{self.folder}/model", "--precision", "float32"]
+        self.submit(name, *words, **more)
 
-    def job(self, name: str, path: str = "", *, method: str = "GET") -> Any:
-        """What the head knows of a job."""
+    def ask(self, path: str, *, method: str = "GET") -> Any:
+        """Ask the head's dashboard."""
         request = urllib.request.Request(
-            f"http://{NETWORK}.{HEAD}:8265/api/jobs/{name}{path}",
+            f"http://{NETWORK}.{HEAD}:8265/api/{path}",
             headers={"Authorization": f"Bearer {self.token}"},
             method=method,
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
+    def job(self, name: str) -> Any:
+        """What the head knows of a job."""
+        return self.ask(f"jobs/{name}")
+
     def log(self, name: str) -> str:
         """A job's log."""
-        return str(self.job(name, "/logs")["logs"])
+        return str(self.ask(f"jobs/{name}/logs")["logs"])
 
     def status(self, name: str) -> str:
         """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
@@ -277,15 +297,13 @@ class Hosts:
         """Compare a run's rows and images with the images of an undisturbed one, byte by byte."""
         rows, outputs = rows_of(self.bucket / out), self.outputs(out)
         done = {Path(row["source_uri"]).name for row in rows if row["status"] == "ok"}
+        again = len(rows) - len({row["image_id"] for row in rows})
         return Tally(
             images=len(quiet),
             lost=len(quiet.keys() - (done & outputs.keys())),
-            doubled=len(rows) - len({row["image_id"] for row in rows}) + len(outputs.keys() - quiet.keys()),
+            doubled=again + len(outputs.keys() - quiet.keys()),
             truncated=sum(outputs[name] != quiet[name] for name in outputs.keys() & quiet.keys()),
         )
-
-
-RAYLET = "raylet/raylet"
 
 
 @contextlib.contextmanager

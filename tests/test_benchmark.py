@@ -15,9 +15,18 @@ import tifffile
 from click.testing import CliRunner, Result
 from helpers import job_environment
 
-from denoise_core.benchmarks import QualityConfig, ThroughputConfig, pictures, quality, throughput
+from denoise_core.benchmarks import (
+    QualityConfig,
+    ScaleConfig,
+    ThroughputConfig,
+    pictures,
+    quality,
+    scale,
+    simulation,
+    throughput,
+)
 from denoise_core.benchmarks.child import call
-from denoise_core.benchmarks.processes import Sampler, kind_of
+from denoise_core.benchmarks.processes import Moment, Process, Sampler, Watched, kind_of
 from denoise_core.benchmarks.tables import command_line, table
 from denoise_core.errors import RunFailed
 from denoise_core.models.classical import CLASSICAL
@@ -70,7 +79,7 @@ def test_all_runs_every_benchmark_and_joins_the_tables(
     )
     assert done.returncode == 0, done.stderr
     joined = (tmp_path / "benchmark.md").read_text()
-    for name in ("throughput", "quality", "precision", "memory", "listing"):
+    for name in ("throughput", "quality", "harm", "precision", "memory", "listing"):
         read(tmp_path, name)
         assert (tmp_path / f"{name}.md").read_text() in joined
     check_throughput(read(tmp_path, "throughput"))
@@ -124,6 +133,26 @@ def test_quality_of_baselines(clean_folder: Path, checkpoint: str, tmp_path: Pat
     assert "PSNR of" in (tmp_path / "quality.md").read_text()
 
 
+def test_harm_copies_the_quiet_and_tells_of_the_rest(
+    clean_folder: Path, checkpoint: str, tmp_path: Path
+) -> None:
+    same = ("--output", str(tmp_path), "--model", checkpoint, "--data", str(clean_folder))
+    done = run("harm", *same, "--sigma", "0,20", "--copy-below", "12")
+    assert done.exit_code == 0, done.output
+    quiet, noisy = read(tmp_path, "harm")["levels"]
+    assert (quiet["copied"], quiet["denoised"], quiet["harmed"]) == (2, 0, 0)
+    assert quiet["worst_change"] is None
+    assert (noisy["copied"], noisy["denoised"]) == (0, 2)
+    assert noisy["worst_change"] <= noisy["mean_change"]
+    assert noisy["psnr_noisy"] == pytest.approx(20 * np.log10(255 / 20), abs=0.5)
+    assert noisy["psnr_after"] == pytest.approx(noisy["psnr_noisy"] + noisy["mean_change"])
+    # Without a limit every image is changed, and one without noise can only lose.
+    run("harm", *same, "--sigma", "0", "--copy-below", "0")
+    (changed,) = read(tmp_path, "harm")["levels"]
+    assert (changed["copied"], changed["harmed"]) == (0, 2)
+    assert run("harm", *same, "--sigma", "loud").exit_code == 2
+
+
 def test_listing_of_generated_names_and_of_a_rerun(tmp_path: Path) -> None:
     done = run("listing", "--output", str(tmp_path), "--names", "12000")
     assert done.exit_code == 0, done.output
@@ -131,6 +160,54 @@ def test_listing_of_generated_names_and_of_a_rerun(tmp_path: Path) -> None:
     assert (first["to_do"], first["skipped"], first["shards"]) == (12_000, 0, 2)
     assert (rerun["to_do"], rerun["skipped"], rerun["shards"]) == (0, 12_000, 0)
     assert all(each["rss_before"] <= each["peak_rss"] < 1e9 for each in (first, rerun))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_scale_runs_the_pipeline_with_a_device_that_sleeps(checkpoint: str, tmp_path: Path) -> None:
+    command = [
+        *("scale", "--output", str(tmp_path), "--model", checkpoint, "--actors", "2,1"),
+        *("--images", "60", "--least", "40", "--patch-ms", "50", "--every", "0.5"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.benchmark", *command],
+        env=job_environment(RAY_worker_niceness="0"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    data = read(tmp_path, "scale")
+    assert data["device"] == {"patch_ms": 50.0}
+    assert [(each["actors"], each["images"]) for each in data["runs"]] == [(1, 40), (2, 60)]
+    for each in data["runs"]:
+        check_simulated_run(each)
+    assert data["projection"]["images"] == 1_000_000
+    # The device as it was said to be, not as it slept.
+    assert data["projection"]["device_s"] == pytest.approx(
+        10 * data["runs"][0]["device_s"], rel=0.1
+    )
+
+
+def check_simulated_run(each: dict) -> None:
+    names = list(each["operators"])
+    assert [name for name in names if name.startswith(("FlatMap", "MapBatches"))] == [
+        "FlatMap(_ReadShard)",
+        "MapBatches(Expand)->MapBatches(Read)",
+        "MapBatches(Denoise)",
+        "MapBatches(Write)",
+    ]
+    assert each["megapixels"] / each["images"] == pytest.approx(6.35, rel=0.1)
+    # Each item's pixels are put into the store once when they are read, twice when denoised.
+    assert 2.9 < each["store"]["bytes"] / each["carried_bytes"] < 3.3
+    steady = each["steady"]
+    assert 0 < steady["busy"] <= 1
+    assert steady["images_per_s"] * each["device_s"] == pytest.approx(
+        steady["busy"] * each["actors"], rel=0.5
+    )
+    cpu = steady["cpu_s_per_image"]
+    assert set(cpu) == {"driver", "ledger", "tasks", "actors", "services"}
+    assert 0 < cpu["driver"] < 1
+    assert each["most_bytes_held"] > 0
 
 
 @pytest.mark.parametrize(
@@ -143,6 +220,9 @@ def test_listing_of_generated_names_and_of_a_rerun(tmp_path: Path) -> None:
         (("throughput", "--model", "unknown"), "unknown"),
         (("memory", "--photos", ""), "--photos"),
         (("memory", "--sied", "9"), "--side"),
+        (("scale", "--actors", "1,x"), "--actors 1,x"),
+        (("scale", "--actors", ""), "--actors"),
+        (("scale", "--speedup", "0"), "--speedup"),
     ],
 )
 def test_wrong_usage_is_a_sentence_and_exit_code_2(
@@ -227,6 +307,109 @@ def test_ratios_divide_the_right_figures() -> None:
         "job_to_bare_steady": 0.5,
         "loop_to_bare_steady": pytest.approx(1 / 3),
     }
+
+
+def test_simulated_images_go_from_thumbnails_to_50_mpx_whatever_their_number() -> None:
+    sizes = simulation.image_sizes(2_000, seed=0)
+    pixels = np.array([width * height for width, height in sizes])
+    assert pixels.min() < 20_000
+    assert 49.7e6 < pixels.max() < 50e6
+    assert np.mean(pixels < 1e6) == pytest.approx(
+        np.log(1e6 / 19_200) / np.log(50e6 / 19_200), abs=0.01
+    )
+    few = [width * height for width, height in simulation.image_sizes(200, seed=1)]
+    assert np.mean(few) == pytest.approx(pixels.mean(), rel=0.01)
+    assert sizes == simulation.image_sizes(2_000, seed=0) != simulation.image_sizes(2_000, seed=1)
+
+
+def test_windows_of_an_image_are_counted_by_their_pixels() -> None:
+    from denoise_core.denoiser import Geometry
+    from denoise_core.pipelines.standins import full_windows, size_in
+
+    geometry = Geometry(256, 32, 16)
+    assert full_windows(geometry, 160, 320) == 0.5
+    # Four cores a side: windows of 288, 320, 320 and 288 pixels.
+    assert full_windows(geometry, 1024, 1024) == pytest.approx(((2 * 288 + 2 * 320) / 320) ** 2)
+    (entry,) = simulation.entries(1, seed=0)
+    height, width = size_in(entry.path)
+    assert height * width == pytest.approx((160 * 120 * 50e6) ** 0.5, rel=0.01)
+
+
+def simulated(*spans: tuple[str, float, float]) -> list[dict]:
+    """Images by (actor, start, seconds of the device), each finished when the device is."""
+    return [
+        {"actor": actor, "began": began, "device_s": seconds, "finished": began + seconds}
+        for actor, began, seconds in spans
+    ]
+
+
+def test_steady_time_begins_with_the_last_actor_and_busy_is_what_was_slept_in_it() -> None:
+    images = simulated(*(("a", i, 1.0) for i in range(20)), *(("b", i, 0.5) for i in range(6, 20)))
+    window = scale.steady_window(images, actors=2)
+    assert window == (6.0, 18.5)
+    # One actor had no pause; the other was at work for the first half of each second.
+    assert scale.busy_share(images, (6.0, 18.0), actors=2) == pytest.approx(0.75)
+    assert scale.busy_share(images, (6.75, 7.75), actors=2) == pytest.approx((1 + 0.5) / 2)
+    assert scale.steady_window(images, actors=3) is None
+
+
+def test_cpu_of_a_run_is_that_between_two_samples_for_each_image_and_kind() -> None:
+    watched = Watched()
+    for pid, kind in enumerate(["driver (jobs.denoise)", "denoise actor", "raylet", "GCS"]):
+        watched.processes[pid] = Process(pid, kind)
+    for at in range(0, 21, 2):
+        spent = {0: 1 + 0.1 * at, 1: 0.2 * at, 2: 0.3 * at, **({3: at - 8.0} if at >= 8 else {})}
+        watched.history.append(Moment(at, spent, 1000 + 10 * at, 0.5 * at))
+    first, last = scale._between(watched.history, 3.0, 17.0)
+    assert (first.at, last.at) == (4, 16)
+    spent = scale._cpu_by_kind(watched, first, last)
+    assert spent == pytest.approx(
+        {"driver": 1.2, "ledger": 0, "tasks": 0, "actors": 2.4, "services": 3.6 + 8}
+    )
+    assert [each.at for each in scale._between(watched.history, 30.0, 31.0)] == [18, 20]
+
+
+def test_scale_is_projected_by_the_largest_run_whose_actors_were_busy() -> None:
+    def measured(actors: int, busy: float, driver: float) -> dict:
+        cpu = {"driver": driver, "ledger": 0.001, "tasks": 0.02, "actors": 0.01, "services": 0.03}
+        steady = {"busy": busy, "cpu_s_per_image": cpu, "images_per_s": 7.0}
+        return {
+            **{"actors": actors, "images": 100 * actors, "device_s": 0.2, "rows_cpu_s": 0.001},
+            **{"pixel_bytes": 3e6, "carried_bytes": 1e5, "table_bytes": 500.0},
+            "wall_s": {"plan": 0.1 * actors, "publish": 0.2 * actors, "report": 0.3 * actors},
+            "store": {"bytes": 3e5},
+            "most_bytes_held": 1e6 * actors,
+            "steady": {**steady, "driver_rss": 1e8, "driver_rss_per_image": 100.0},
+        }
+
+    runs = [measured(1, 0.99, 0.02), measured(4, 0.96, 0.01), measured(8, 0.5, 0.5)]
+    data = {"runs": runs, "speedup": 5.0, "device": {"patch_ms": 10.0}}
+    each = scale.project(data, gpus=10, images=10_000)
+    assert each is not None
+    assert (each["actors"], each["images_of_largest"]) == (4, 800)
+    assert each["seconds"] == pytest.approx(
+        {
+            **{"plan": 10.0, "devices": 1000.0, "driver": 100.0, "ledger": 10.0},
+            **{"publish": 20.0, "report": 30.0},
+        }
+    )
+    assert (each["bottleneck"], each["whole_s"]) == ("devices", pytest.approx(1060.0))
+    assert each["most_gpus"] == pytest.approx(100)
+    # A tenth of the time for each window, and 10 GPUs would ask for all that the driver can do.
+    assert each["least_patch_ms"] == pytest.approx(1.0)
+    assert each["store_bytes"] == pytest.approx(9e6)
+    assert each["held_bytes_per_gpu"] == pytest.approx(30e6)
+    assert each["cores"] == pytest.approx({"tasks": 0.2, "services": 0.3})
+    assert scale.project({"runs": []}, gpus=1, images=1) is None
+    # So many GPUs that the driver cannot follow.
+    assert scale.project(data, gpus=1_000, images=10_000)["bottleneck"] == "driver"
+
+
+def test_fewer_actors_get_fewer_images_but_not_too_few() -> None:
+    config = ScaleConfig(output="x", actors="64,1,8,8", images=6_400, least=300)
+    assert config.counts == [1, 8, 64]
+    assert [config.images_of(actors) for actors in config.counts] == [300, 800, 6_400]
+    assert ScaleConfig(output="x", images=200, least=300).images_of(1) == 200
 
 
 def test_command_line_repeats_what_is_not_the_default() -> None:

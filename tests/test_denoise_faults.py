@@ -54,7 +54,7 @@ def test_killers_and_stuck_images_fail_alone(
     ray_session: None, checkpoint: str, tmp_path: Path
 ) -> None:
     good = [f"good-{i}" for i in range(6)]
-    poison = ["poison-read", "poison-denoise", "poison-write"]
+    poison = ["poison-read-SIGSEGV", "poison-denoise-SIGKILL", "poison-write-SIGABRT"]
     write_pngs(tmp_path / "in", *good, *poison, "stuck")
     outcome = denoise(
         tmp_path / "in", tmp_path / "out", checkpoint, max_attempts=2, timeout_per_image=15.0
@@ -64,10 +64,11 @@ def test_killers_and_stuck_images_fail_alone(
     assert {rows[f"{name}.png"]["status"] for name in good} == {"ok"}
     for name in poison:
         row = rows[f"{name}.png"]
-        stage = name.removeprefix("poison-")
+        _, stage, word = name.split("-")
         assert (row["error_type"], row["error_stage"]) == ("WorkerDied", stage)
         assert row["attempts"] == 2
         assert "died 2 times" in row["error_message"]
+        assert word in row["error_message"]
     stuck = rows["stuck.png"]
     assert (stuck["error_type"], stuck["error_stage"]) == ("ImageTimeout", "read")
     assert "15 s" in stuck["error_message"]

@@ -7,8 +7,10 @@ import pytest
 from skimage import data
 
 from denoise_core.checkpoints import SHIPPED, load_checkpoint
+from denoise_core.choice import AUTO_MODELS
 from denoise_core.denoiser import Denoiser, resolve_geometry
 from denoise_core.metrics import psnr
+from denoise_core.noise import parse_noise
 
 pytestmark = pytest.mark.skipif(
     not (SHIPPED / "unet-s.json").exists(), reason="no weights of unet-s in this checkout"
@@ -51,6 +53,26 @@ def test_patches_with_the_default_halo_equal_the_whole_image_to_the_eye(checkpoi
         assert difference.max() <= 3.0
         apart.append((difference > 1.0).mean())
     assert np.mean(apart) <= 1e-5
+
+
+def test_the_models_to_choose_from_cut_images_alike():
+    """One run has one geometry, whichever model an image is given to."""
+    cards = [load_checkpoint(name).card for name in AUTO_MODELS]
+    for halo in ("auto", "exact"):
+        assert len({resolve_geometry(card, patch="256", halo=halo) for card in cards}) == 1
+
+
+def test_camera_noise_goes_by_the_model_for_it():
+    clean = data.chelsea()[:256, :256]
+    noise = parse_noise("sensor:0.01+jpeg:95")
+    noisy = noise.apply(clean / np.float32(255), np.random.default_rng(0))
+    gains = {}
+    for name in AUTO_MODELS:
+        denoised = Denoiser(load_checkpoint(name)).denoise([noisy], ranges=[(0.0, 1.0)])[0]
+        gains[name] = psnr(np.clip(denoised, 0, 1), clean / 255, data_range=1) - psnr(
+            noisy, clean / 255, data_range=1
+        )
+    assert gains["unet-s-photo"] > max(3.0, gains["unet-s"])
 
 
 @pytest.mark.parametrize("name", ["astronaut", "camera"])

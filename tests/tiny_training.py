@@ -1,7 +1,11 @@
-"""A preset that trains in seconds, and the jobs that train run with it, each as a process."""
+"""A preset that trains in seconds, and the jobs that train run with it, each as a process.
+
+`python tiny_training.py JOB ARGUMENTS` is `python -m jobs.JOB ARGUMENTS` that knows preset 'tiny'.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from denoise_core.presets import Preset, Stage
+from denoise_core.presets import PRESETS, Preset, Stage
 
 TINY = Preset(
     "unet",
@@ -20,23 +24,18 @@ TINY = Preset(
     warmup_steps=4,
     ema=0.9,
 )
-DRIVER = f"""
-from denoise_core.presets import PRESETS, Plateau, Preset, Stage
-PRESETS["tiny"] = {TINY!r}
-from jobs.JOB import main
-main()
-"""
+SCRIPT = Path(__file__)
 
 
 def start_tiny(job: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Start `python -m jobs.<job>` that knows the preset 'tiny', with TensorFlow's own logging."""
     mine = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TF_CPP_MIN_LOG_LEVEL")}
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER.replace("JOB", job), *map(str, arguments)],
+        [sys.executable, str(SCRIPT), job, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=SCRIPT.parents[1],
         # Ray starts its workers at niceness 15: beside other work they would hardly run.
         env={**mine, "RAY_worker_niceness": "0", **environment},
     )
@@ -51,3 +50,8 @@ def kill_all(process: subprocess.Popen[str]) -> None:
         except psutil.NoSuchProcess:
             continue
     process.communicate(timeout=30)
+
+
+if __name__ == "__main__":
+    PRESETS["tiny"] = TINY
+    importlib.import_module(f"jobs.{sys.argv.pop(1)}").main()

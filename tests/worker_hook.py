@@ -1,16 +1,27 @@
 """Faults on demand in Ray's workers, by the name of the image; installed by the Ray fixture.
 
-The product has no switch for this: Ray calls `install` in each worker before its first task. TIFFs
-go through in regions from half a megapixel on, so that small ones show it.
+The product has no switch for this: Ray calls `install` in each worker before its first task. A
+`poison-STAGE` kills its worker in that stage, with the signal in its name or SIGKILL. TIFFs go
+through in regions from half a megapixel on, so that small ones show it.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import time
 from typing import Any
 
 REGION_FROM_PIXELS = 500_000
+
+
+def poison(stage: str, name: str) -> None:
+    """End this process where the name says so."""
+    if f"poison-{stage}" in name:
+        (word,) = re.findall("SIG[A-Z]+", name) or ["SIGKILL"]
+        os.kill(os.getpid(), signal.Signals[word])
+        time.sleep(60)
 
 
 def install() -> None:
@@ -20,8 +31,7 @@ def install() -> None:
     decode, encode_, part = stages.decode, stages.Write._write, stages.Denoise._part
 
     def faulty_decode(data: bytes, *, name: str, **more: Any) -> Any:
-        if "poison-read" in name:
-            os._exit(9)
+        poison("read", name)
         if "stuck" in name:
             time.sleep(3600)
         if "slow" in name:
@@ -29,8 +39,7 @@ def install() -> None:
         return decode(data, name=name, **more)
 
     def faulty_part(self: Any, item: Any) -> Any:
-        if "poison-denoise" in item.facts["path"]:
-            os._exit(9)
+        poison("denoise", item.facts["path"])
         if "bug" in item.facts["path"]:
             raise KeyError("a bug of ours")
         if "slow" in item.facts["path"]:
@@ -38,8 +47,7 @@ def install() -> None:
         return part(self, item)
 
     def faulty_write(self: Any, item: Any) -> None:
-        if "poison-write" in item.facts["path"]:
-            os._exit(9)
+        poison("write", item.facts["path"])
         encode_(self, item)
 
     stages.decode = faulty_decode

@@ -66,6 +66,18 @@ class Process:
     peak_title: str = ""
 
 
+class Moment(NamedTuple):
+    """One sample: time (epoch), CPU seconds so far by pid, the root's RSS, the machine's idle time.
+
+    The last is in seconds, summed over its cores.
+    """
+
+    at: float
+    cpu_s: dict[int, float]
+    root_rss: int
+    idle_s: float
+
+
 @dataclass(slots=True)
 class Watched:
     """All processes of one run, and the peak of the sum of their PSS: what the machine must have.
@@ -76,6 +88,7 @@ class Watched:
     processes: dict[int, Process] = field(default_factory=dict)
     together: int = 0
     gap_s: float = 0.0
+    history: list[Moment] = field(default_factory=list)
 
     def kinds(self) -> dict[str, list[Process]]:
         """Group the processes, kinds in the order of their first process."""
@@ -134,7 +147,13 @@ class Sampler:
                 handle = self._handles.setdefault(handle.pid, handle)
                 with contextlib.suppress(psutil.Error, OSError):
                     together += self._look(handle)
+            self.watched.history.append(self._moment())
         self.watched.together = max(self.watched.together, together)
+
+    def _moment(self) -> Moment:
+        cpu_s = {pid: process.cpu_s for pid, process in self.watched.processes.items()}
+        idle_s = _psutil().cpu_times().idle
+        return Moment(time.time(), cpu_s, self.root.memory_info().rss, idle_s)
 
     def _look(self, handle: Any) -> int:
         title = "driver" if handle.pid == self.root.pid else " ".join(handle.cmdline())

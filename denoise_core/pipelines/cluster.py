@@ -1,8 +1,10 @@
-"""What the pipelines share of Ray: Ray Data's settings, an actor's resources, why one stopped."""
+"""What the pipelines share of Ray: Ray Data's settings, an actor's resources and place, deaths."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from denoise_core.config import DenoiseConfig, EvaluateConfig, parse_actors
 from denoise_core.errors import RunFailed, StorageError, UsageError
@@ -21,6 +24,8 @@ FEW_IMAGES = 16
 # Ray Data's scheduler waits for tasks, but with all of them held back by full queues it turns
 # without a pause: in a training worker it took 0.6 of a core and, by Python's lock, half the speed.
 PAUSE_S = 0.02
+# A machine that does not say within this time how a process of its own died is lost.
+LAST_WORDS_S = 60
 
 
 class _Pause(ExecutionCallback):
@@ -44,6 +49,12 @@ def set_data_context(*, ordered: bool = False, patience_s: float | None = None) 
         context.execution_no_progress_timeout_s = int(patience_s)
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that lives as long as the driver's machine, whatever else is lost."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,48 @@ def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> R
             "--gpus-per-actor and --actors MIN:MAX, or keep one worker running (minReplicas: 1)."
         )
     return Resources(wanted, 1.0, share, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A process of Ray's: its node and the file that takes its stderr."""
+
+    node: str
+    log: str
+
+    @classmethod
+    def here(cls) -> Place:
+        """Return this process's own."""
+        return cls(ray.get_runtime_context().get_node_id(), os.readlink("/proc/self/fd/2"))
+
+
+def cause_of_death(place: Place) -> str:
+    """Return how the process died, to follow 'it died'.
+
+    Ray keeps no exit status. But a process that gets a fatal signal, or whose watchdog ends it,
+    says so on stderr; one that said nothing got the signal that cannot be caught.
+    """
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    reference = _last_words.options(scheduling_strategy=there).remote(place.log)
+    try:
+        return str(ray.get(reference, timeout=LAST_WORDS_S))
+    except ray.exceptions.RayError:
+        return "with its machine"
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _last_words(log: str) -> str:
+    try:
+        with open(log, "rb") as file:
+            text = file.read()
+    except OSError:
+        return "and its log is gone"
+    signals = re.findall(rb"^\*\*\* (SIG[A-Z]+) received", text, re.MULTILINE)
+    if signals:
+        return f"by {signals[-1].decode()}"
+    if re.search(rb"^Timeout \(\d", text, re.MULTILINE):
+        return "stuck, by its time limit"
+    return "without a word, as by SIGKILL"
 
 
 def stopped(

@@ -14,7 +14,12 @@ import ray.data
 
 from denoise_core import worklist
 from denoise_core.errors import ImageError, RunFailed, StorageError, UsageError, WorkerDied
-from denoise_core.pipelines.cluster import fit_actors, set_data_context, stopped
+from denoise_core.pipelines.cluster import (
+    beside_driver,
+    fit_actors,
+    set_data_context,
+    stopped,
+)
 from denoise_core.pipelines.job import Facts, Job, now
 from denoise_core.pipelines.stages import Denoise, Expand, Ledger, Read, Write, publish_image
 from denoise_core.storage import storage_for
@@ -58,8 +63,10 @@ class Flow:
     ) -> None:
         self.job = job
         actor: Any = Ledger
+        # Counts of deaths must outlast the machines that are lost.
+        ledger = actor.options(**beside_driver()).remote()
         self.dataset = build_dataset(
-            job, shards, actor.remote(), mean_bytes=mean_bytes, images=images, stages=stages
+            job, shards, ledger, mean_bytes=mean_bytes, images=images, stages=stages
         )
         self.inbox: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
         self.assembling: dict[Any, Facts] = {}

@@ -36,7 +36,7 @@ from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import DenoiseError, RunFailed, StorageError
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import set_data_context
+from denoise_core.pipelines.cluster import beside_driver, set_data_context
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
@@ -69,7 +69,7 @@ def run_training(plan: Plan, *, show: Show) -> str:
     files = RunFiles(plan.config)
     files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
     try:
-        mail = Queue(actor_options={"num_cpus": 0})
+        mail = Queue(actor_options=beside_driver())
         _fit(_ray_trainer(plan, mail), mail=mail, show=show)
     except ray.exceptions.RayError as error:
         raise RunFailed(

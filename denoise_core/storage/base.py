@@ -42,12 +42,13 @@ class StorageOptions:
     """How to reach S3; safe to pickle, log and compare, because it cannot hold a credential.
 
     `s3_endpoint` and `region` default to the usual AWS environment variables; `max_attempts` counts
-    the first try too; the waits between tries grow to 20 s at most; time-outs are in seconds.
+    the first try too; the waits between tries grow to 20 s at most and are drawn at random, 75 s in
+    all on average, so that next to none ends within 20 s; time-outs are in seconds.
     """
 
     s3_endpoint: str | None = None
     region: str | None = None
-    max_attempts: int = 8
+    max_attempts: int = 12
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
 
