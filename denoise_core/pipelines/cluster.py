@@ -138,7 +138,7 @@ class Place:
 
 
 def cause_of_death(place: Place) -> str:
-    """Return how the process died, to follow 'it died'.
+    """Return how the process died, to follow 'it last died'.
 
     Ray keeps no exit status. But a process that gets a fatal signal, or whose watchdog ends it,
     says so on stderr; one that said nothing got the signal that cannot be caught.
@@ -157,7 +157,7 @@ def _last_words(log: str) -> str:
         with open(log, "rb") as file:
             text = file.read()
     except OSError:
-        return "and its log is gone"
+        return "for a reason unknown: its log is gone"
     signals = re.findall(rb"^\*\*\* (SIG[A-Z]+) received", text, re.MULTILINE)
     if signals:
         return f"by {signals[-1].decode()}"

@@ -54,7 +54,14 @@ from denoise_core.images import (
     to_dtype,
 )
 from denoise_core.images.values import BIT_DEPTHS, UNIT_SHARE
-from denoise_core.pipelines.job import Facts, Job, merge_reference, now, reference_figures
+from denoise_core.pipelines.cluster import Place, cause_of_death
+from denoise_core.pipelines.job import (
+    Facts,
+    Job,
+    merge_reference,
+    now,
+    reference_figures,
+)
 from denoise_core.storage import Storage, join, storage_for
 from denoise_core.tiling import Region
 
@@ -121,28 +128,32 @@ def to_items(table: pa.Table) -> Iterator[Item]:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Ledger:
-    """Counts how often work on an image was begun and not ended: attempts that killed a worker.
-
-    Where its own machine is lost it begins anew, and so do the counts.
-    """
+    """Counts how often work on an image was begun and not ended: attempts that killed a worker."""
 
     def __init__(self) -> None:
         self.open: dict[str, int] = {}
+        self.places: dict[str, Place] = {}
 
     def opened(self, keys: list[str]) -> list[int]:
         """Return how many times each was started without an end."""
         return [self.open.get(key, 0) for key in keys]
 
-    def begin(self, keys: list[str]) -> list[int]:
-        """Note the start of work; return how many times each was started without an end."""
+    def begin(self, keys: list[str], place: Place) -> list[tuple[int, Place | None]]:
+        """Note the start of work at a place.
+
+        Return how many times each was started without an end, and where the last time before.
+        """
+        before = [self.places.get(key) for key in keys]
         for key in keys:
             self.open[key] = self.open.get(key, 0) + 1
-        return self.opened(keys)
+            self.places[key] = place
+        return list(zip(self.opened(keys), before, strict=True))
 
     def end(self, keys: list[str]) -> None:
         """Note that the worker outlived the work."""
         for key in keys:
             self.open.pop(key, None)
+            self.places.pop(key, None)
 
 
 @contextmanager
@@ -198,12 +209,14 @@ class Guard:
         """
         keys = [self.key(item.facts) for item in items]
         most = self.job.config.max_attempts
-        for item, count in zip(items, ray.get(self.ledger.begin.remote(keys)), strict=True):
+        begun = ray.get(self.ledger.begin.remote(keys, Place.here()))
+        for item, (count, before) in zip(items, begun, strict=True):
             item.facts["attempts"] = min(most, max(count, item.facts.get("attempts", 1)))
             if count > most:
+                cause = cause_of_death(before) if before else "for a reason unknown"
                 text = (
-                    f"the worker died {most} times at this image, in stage {self.stage}; look at "
-                    "the image alone, or at the workers' memory."
+                    f"the worker died {most} times at this image, in stage {self.stage}, last "
+                    f"{cause}; look at the image alone, or at the workers' memory."
                 )
                 self.fail(item, WorkerDied(text))
         try:
