@@ -154,13 +154,12 @@ class Chaos:
             self.submit()
         return f"submitted again as {self.job}"
 
-    def storage_hangs(self) -> str:
-        self.hosts.storage_hangs(AWAY_S)
-        return f"for {AWAY_S} s"
-
-    def storage_refuses(self) -> str:
+    def storage(self) -> str:
+        if self.random.random() < 0.5:
+            self.hosts.storage_hangs(AWAY_S)
+            return f"says nothing for {AWAY_S} s"
         self.hosts.storage_refuses(AWAY_S)
-        return f"for {AWAY_S} s"
+        return f"is gone for {AWAY_S} s"
 
 
 FAULTS: dict[str, Callable[[Chaos], str]] = {
@@ -169,8 +168,7 @@ FAULTS: dict[str, Callable[[Chaos], str]] = {
     "host joins": Chaos.host_joins,
     "link pulled": Chaos.link,
     "driver killed": Chaos.driver,
-    "S3 server hangs": Chaos.storage_hangs,
-    "S3 server gone": Chaos.storage_refuses,
+    "S3 server": Chaos.storage,
 }
 
 

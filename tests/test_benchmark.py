@@ -369,10 +369,23 @@ def test_cpu_of_a_run_is_that_between_two_samples_for_each_image_and_kind() -> N
     assert [each.at for each in scale._between(watched.history, 30.0, 31.0)] == [18, 20]
 
 
-def test_scale_is_projected_by_the_largest_run_whose_actors_were_busy() -> None:
-    def measured(actors: int, busy: float, driver: float) -> dict:
-        cpu = {"driver": driver, "ledger": 0.001, "tasks": 0.02, "actors": 0.01, "services": 0.03}
-        steady = {"busy": busy, "cpu_s_per_image": cpu, "images_per_s": 7.0}
+def test_cpu_of_rest_and_of_each_image_are_told_apart() -> None:
+    def steady(rate: float, cores: float) -> dict:
+        return {"images_per_s": rate, "cpu_s_per_image": {"driver": cores / rate}}
+
+    runs = [steady(rate, 0.05 + 0.01 * rate) for rate in (0.5, 2.0, 8.0)]
+    assert scale.cpu_load(runs, "driver") == pytest.approx((0.05, 0.01))
+    assert scale.cpu_load(runs[:1], "driver") == pytest.approx((0.0, 0.11))
+    # No line: less work with more images.
+    assert scale.cpu_load([steady(1, 0.3), steady(2, 0.1)], "driver") == pytest.approx((0, 0.4 / 3))
+
+
+def test_scale_is_projected_by_loads_and_the_largest_run() -> None:
+    def measured(actors: int, rate: float) -> dict:
+        rest = {"driver": 0.2, "ledger": 0.0, "tasks": 0.0, "actors": 0.0, "services": 0.1}
+        cost = {"driver": 0.008, "ledger": 0.001, "tasks": 0.02, "actors": 0.01, "services": 0.02}
+        cpu = {kind: rest[kind] / rate + cost[kind] for kind in cost}
+        steady = {"busy": 0.99, "cpu_s_per_image": cpu, "images_per_s": rate}
         return {
             **{"actors": actors, "images": 100 * actors, "device_s": 0.2, "rows_cpu_s": 0.001},
             **{"pixel_bytes": 3e6, "carried_bytes": 1e5, "table_bytes": 500.0},
@@ -382,11 +395,11 @@ def test_scale_is_projected_by_the_largest_run_whose_actors_were_busy() -> None:
             "steady": {**steady, "driver_rss": 1e8, "driver_rss_per_image": 100.0},
         }
 
-    runs = [measured(1, 0.99, 0.02), measured(4, 0.96, 0.01), measured(8, 0.5, 0.5)]
+    runs = [measured(1, 1.0), measured(4, 4.0), {**measured(8, 8.0), "steady": None}]
     data = {"runs": runs, "speedup": 5.0, "device": {"patch_ms": 10.0}}
     each = scale.project(data, gpus=10, images=10_000)
     assert each is not None
-    assert (each["actors"], each["images_of_largest"]) == (4, 800)
+    assert each["images_of_largest"] == 400
     assert each["seconds"] == pytest.approx(
         {
             **{"plan": 10.0, "devices": 1000.0, "driver": 100.0, "ledger": 10.0},

@@ -217,6 +217,16 @@ def test_a_training_goes_on_without_a_lost_host(hosts: Hosts, photos: str) -> No
     hosts.start(victim)
 
 
+def test_a_training_outlasts_a_storage_that_is_away(hosts: Hosts, photos: str) -> None:
+    train(hosts, "patient", photos, "patient")
+    before = half_trained(hosts, "patient", "patient")
+    hosts.storage_refuses(20)
+    assert hosts.wait("patient") == "SUCCEEDED", hosts.log("patient")
+    check_history(hosts, "patient", before)
+    checkpoints = {path.parent for path in (hosts.bucket / "patient/ray").rglob("checkpoint_*/*")}
+    assert len(checkpoints) == 2, "those that are no longer needed are deleted"
+
+
 def test_a_stopped_training_is_resumed(hosts: Hosts, photos: str) -> None:
     train(hosts, "stopped", photos, "resumed")
     before = half_trained(hosts, "stopped", "resumed")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tracemalloc
 import types
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ from denoise_core.storage import (
 )
 from denoise_core.storage import local as local_module
 from denoise_core.storage import s3 as s3_module
+from denoise_core.storage.arrow import arrow_s3
 
 ODD_NAMES = (
     "with space.png",
@@ -488,6 +490,17 @@ class TestS3(StorageContract):
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         self.refused(root, AccessDenied, "no usable S3 credentials")
+
+    def test_pyarrow_deletes_a_folder_at_once_and_whole(self, s3_server: Any) -> None:
+        root = s3_server.make_bucket()
+        storage = storage_for(root)
+        for name in ("run/one/a", "run/one/b", "run/two/a"):
+            storage.write(join(root, name), b"x")
+        started = time.monotonic()
+        arrow_s3(None).delete_dir(join(root, "run/one").removeprefix("s3://"))
+        # A server that refuses an object for the folder is asked again and again.
+        assert time.monotonic() - started < 5
+        assert [entry.path for entry in storage.list(root)] == ["run/two/a"]
 
     def test_missing_bucket(self, s3_server: Any, tmp_path: Path) -> None:
         (tmp_path / "f").write_bytes(b"x")

@@ -546,7 +546,7 @@ def test_epochs_become_steps_and_validations(folder):
     with pytest.raises(UsageError, match="unet-s has no length of its own: give --hours H"):
         prepare(config(data=(str(folder),), steps=None, crop=32))
     own = prepare(config(data=(str(folder),), steps=None, preset="photo-conv", crop=32))
-    assert own.config.steps == 50
+    assert own.config.steps == 50 * 3
 
 
 def test_settings_go_before_the_recipe(folder):

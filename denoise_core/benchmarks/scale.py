@@ -48,6 +48,7 @@ KINDS = {
     "denoise actor": "actors",
 }
 SERVICES = "services"
+LOADS = (*dict.fromkeys(KINDS.values()), SERVICES)
 # One process each, however large the cluster; tasks and actors spread over it.
 ALONE = ("driver", "ledger")
 
@@ -250,66 +251,80 @@ def _between(history: Sequence[Moment], start: float, end: float) -> tuple[Momen
 
 
 def _cpu_by_kind(watched: Watched, first: Moment, last: Moment) -> dict[str, float]:
-    spent = dict.fromkeys([*KINDS.values(), SERVICES], 0.0)
+    spent = dict.fromkeys(LOADS, 0.0)
     for pid, used in last.cpu_s.items():
         name = KINDS.get(watched.processes[pid].kind, SERVICES)
         spent[name] += used - first.cpu_s.get(pid, 0.0)
     return spent
 
 
+def cpu_load(steady: Sequence[dict[str, Any]], kind: str) -> tuple[float, float]:
+    """Return (cores, CPU seconds): what a kind of process takes at rest, and more for each image.
+
+    The line of least squares through cores used by images/s; of one run all is for its images.
+    """
+    rates = np.array([each["images_per_s"] for each in steady])
+    used = rates * np.array([each["cpu_s_per_image"][kind] for each in steady])
+    if np.ptp(rates) > 0:
+        slope, rest = np.polyfit(rates, used, 1)
+        if slope > 0 and rest >= 0:
+            return float(rest), float(slope)
+    return 0.0, float(used.sum() / rates.sum())
+
+
 def project(data: dict[str, Any], *, gpus: int, images: int) -> dict[str, Any] | None:
     """Return what so many images on so many GPUs would take; None where no run was steady.
 
-    By the loads of the run with the most actors among those whose actors were busy, else of the
-    fastest; what is done once, by the run with the most images. A CPU second is one of a core here.
+    What is done once, the driver's memory and the store's load are by the run with the most images.
+    A CPU second is one of a core here.
     """
-    source = _source([each for each in data["runs"] if each["steady"]])
-    if source is None:
+    steady = [each["steady"] for each in data["runs"] if each["steady"]]
+    if not steady:
         return None
-    largest = max(data["runs"], key=lambda each: int(each["images"]))
+    largest = max((each for each in data["runs"] if each["steady"]), key=_images)
     once = {name: seconds / largest["images"] for name, seconds in largest["wall_s"].items()}
-    cpu, device_s = source["steady"]["cpu_s_per_image"], source["device_s"] * data["speedup"]
+    loads = {kind: cpu_load(steady, kind) for kind in LOADS}
+    # Seconds for an image that one process takes of a core of its own, of which it rests some.
+    alone = {kind: loads[kind][1] / max(1e-3, 1 - loads[kind][0]) for kind in ALONE}
+    device_s = largest["device_s"] * data["speedup"]
     seconds = {
         "plan": images * once["plan"],
         "devices": images * device_s / gpus,
-        **{kind: images * cpu[kind] for kind in ALONE},
+        **{kind: images * each for kind, each in alone.items()},
         "publish": images * once["publish"],
         "report": images * once["report"],
     }
     bottleneck = max(("devices", *ALONE), key=lambda name: seconds[name])
-    work, alone = seconds[bottleneck], max(cpu[kind] for kind in ALONE)
+    rate, slowest = images / seconds[bottleneck], max(alone.values())
     # Pixels that the items did not carry would go the same way as those that they did.
-    real = source["pixel_bytes"] / source["carried_bytes"]
+    store, real = largest["store"], largest["pixel_bytes"] / largest["carried_bytes"]
     return {
-        "actors": source["actors"],
         "images_of_largest": largest["images"],
         "gpus": gpus,
         "images": images,
         "device_s": device_s,
-        "alone_s": alone,
+        "loads": loads,
+        "alone_s": slowest,
         "seconds": seconds,
         "bottleneck": bottleneck,
-        "whole_s": work + sum(seconds[name] for name in ("plan", "publish", "report")),
-        "images_per_s": images / work,
-        "most_gpus": device_s / alone,
-        "least_patch_ms": data["device"]["patch_ms"] * alone * gpus / device_s,
-        "cores": {kind: cpu[kind] * images / work for kind in ("tasks", SERVICES)},
-        "rows_cpu_s": source["rows_cpu_s"] * images,
-        "table_bytes": source["table_bytes"] * images,
-        "driver_rss": source["steady"]["driver_rss"]
-        + source["steady"]["driver_rss_per_image"] * images,
-        "copies": source["store"]["bytes"] / source["carried_bytes"],
-        "store_bytes": source["store"]["bytes"] * real,
-        "store_bytes_per_s_and_gpu": source["store"]["bytes"] * real * images / work / gpus,
-        "held_bytes_per_gpu": source["most_bytes_held"] * real / source["actors"],
+        "whole_s": images / rate + sum(seconds[name] for name in ("plan", "publish", "report")),
+        "images_per_s": rate,
+        "most_gpus": device_s / slowest,
+        "least_patch_ms": data["device"]["patch_ms"] * slowest * gpus / device_s,
+        "cores": {kind: loads[kind][0] + loads[kind][1] * rate for kind in ("tasks", SERVICES)},
+        "rows_cpu_s": largest["rows_cpu_s"] * images,
+        "table_bytes": largest["table_bytes"] * images,
+        "driver_rss": largest["steady"]["driver_rss"]
+        + largest["steady"]["driver_rss_per_image"] * images,
+        "copies": store["bytes"] / largest["carried_bytes"],
+        "store_bytes": store["bytes"] * real,
+        "store_bytes_per_s_and_gpu": store["bytes"] * real * rate / gpus,
+        "held_bytes_per_gpu": largest["most_bytes_held"] * real / largest["actors"],
     }
 
 
-def _source(steady: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    busy = [each for each in steady if each["steady"]["busy"] >= BUSY]
-    if busy:
-        return max(busy, key=lambda each: int(each["actors"]))
-    return max(steady, key=lambda each: float(each["steady"]["images_per_s"]), default=None)
+def _images(each: dict[str, Any]) -> int:
+    return int(each["images"])
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -344,7 +359,7 @@ def _head(data: dict[str, Any]) -> str:
 def _rates(data: dict[str, Any]) -> str:
     header = (
         *("actors", "images", "steady for", "images/s", "device busy", "cores used", "idle cores"),
-        *(f"{kind}, CPU ms/image" for kind in [*dict.fromkeys(KINDS.values()), SERVICES]),
+        *(f"{kind}, CPU ms/image" for kind in LOADS),
     )
     return table(header, [_rate(each, len(header)) for each in data["runs"]])
 
@@ -413,7 +428,7 @@ def _projection(data: dict[str, Any]) -> str:
     each = data["projection"]
     if each is None:
         return ""
-    seconds = each["seconds"]
+    seconds, loads = each["seconds"], each["loads"]
     n, g = f"{each['images']:,}", each["gpus"]
     per = {name: f"{value / each['images'] * 1e3:.3g} ms" for name, value in seconds.items()}
     device = f"{each['device_s']:.3g} s"
@@ -421,7 +436,14 @@ def _projection(data: dict[str, Any]) -> str:
     rows = [
         ("listing and planning", f"{n} x {per['plan']}", _time(seconds["plan"])),
         ("devices, always busy", f"{n} x {device} / {g}", _time(seconds["devices"])),
-        *((f"{kind}, one core", f"{n} x {per[kind]}", _time(seconds[kind])) for kind in ALONE),
+        *(
+            (
+                f"{kind}, one core",
+                f"{n} x {loads[kind][1] * 1e3:.3g} ms / (1 - {loads[kind][0]:.3f})",
+                _time(seconds[kind]),
+            )
+            for kind in ALONE
+        ),
         ("rows to the table, at the end", f"{n} x {per['publish']}", _time(seconds["publish"])),
         ("report page", f"{n} x {per['report']}", _time(seconds["report"])),
         (
@@ -442,7 +464,8 @@ def _projection(data: dict[str, Any]) -> str:
         *(
             (
                 f"cores for {kind}, beside the images' own work",
-                f"{each['images_per_s']:.3g} images/s x CPU of {kind}",
+                f"{loads[kind][0]:.3f} + {each['images_per_s']:.3g} images/s x "
+                f"{loads[kind][1] * 1e3:.3g} ms",
                 number(value, 1),
             )
             for kind, value in each["cores"].items()
@@ -470,10 +493,11 @@ def _projection(data: dict[str, Any]) -> str:
         ),
     ]
     text = (
-        f"**{n} images on {g} GPUs**, projected from the run with {each['actors']} actor(s); "
-        f"planning, table and page from that with {each['images_of_largest']:,} images: "
-        f"{_time(each['whole_s'])}, {each['images_per_s']:.3g} images/s. The bottleneck: "
-        f"**{each['bottleneck']}**. The device's time is the unshortened one."
+        f"**{n} images on {g} GPUs**: {_time(each['whole_s'])}, {each['images_per_s']:.3g} "
+        f"images/s; the bottleneck: **{each['bottleneck']}**. The device's time is the unshortened "
+        "one. CPU of driver, ledger, tasks and services: cores at rest + images/s x CPU of an "
+        "image, a line through the runs; the rest by the run with "
+        f"{each['images_of_largest']:,} images."
     )
     return f"{text}\n\n{table(('', 'formula', ''), rows)}"
 

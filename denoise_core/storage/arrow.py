@@ -8,6 +8,9 @@ from typing import Any
 
 import pyarrow.fs
 
+from denoise_core.storage.base import StorageOptions
+from denoise_core.storage.s3 import S3Storage
+
 
 class FolderlessHandler(pyarrow.fs.FileSystemHandler):
     """pyarrow's S3 without empty objects for folders, which several S3-compatible servers refuse.
@@ -31,7 +34,11 @@ class FolderlessHandler(pyarrow.fs.FileSystemHandler):
     def _s3(self) -> Any:
         # Several servers refuse chunked trailers with status 411.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        return pyarrow.fs.S3FileSystem(endpoint_override=self.endpoint, region=self.region)
+        # Its own three tries end within seconds; these wait as ours do.
+        tries = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=StorageOptions().max_attempts)
+        return pyarrow.fs.S3FileSystem(
+            endpoint_override=self.endpoint, region=self.region, retry_strategy=tries
+        )
 
     def get_type_name(self) -> str:
         """Return the name that pyarrow shows."""
@@ -63,15 +70,16 @@ class FolderlessHandler(pyarrow.fs.FileSystemHandler):
         )
         for each in found:
             if each.type == pyarrow.fs.FileType.File:
-                self._s3.delete_file(each.path)
+                self.delete_file(each.path)
 
     def delete_root_dir_contents(self) -> None:
         """Refuse: nothing here deletes all buckets."""
         raise OSError("refused to delete every bucket")
 
     def delete_file(self, path: str) -> None:
-        """Delete one object."""
-        self._s3.delete_file(path)
+        """Delete one object. pyarrow would leave one for its folder."""
+        options = StorageOptions(s3_endpoint=self.endpoint, region=self.region)
+        S3Storage(options).delete(f"s3://{path}")
 
     def move(self, src: str, dest: str) -> None:
         """Copy an object and delete it."""
