@@ -16,6 +16,7 @@ import numpy as np
 
 from denoise_core import metrics
 from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
+from denoise_core.benchmarks.quality import parse_sigmas
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.choice import is_quiet, noise_sigma
@@ -46,13 +47,7 @@ class HarmConfig:
     def __post_init__(self) -> None:
         require(self.jpeg is None or 1 <= self.jpeg <= 100, "--jpeg: expected 1 to 100.")
         DenoiseConfig.check_number("copy-below", self.copy_below)
-        numbers = [word.strip().replace(".", "", 1).isdigit() for word in self.sigma.split(",")]
-        require(all(numbers), f"--sigma {self.sigma}: expected numbers from 0, with commas.")
-
-    @property
-    def sigmas(self) -> list[float]:
-        """The noise levels."""
-        return [float(word) for word in self.sigma.split(",")]
+        parse_sigmas(self.sigma)
 
 
 def run(config: HarmConfig) -> Result:
@@ -66,7 +61,7 @@ def run(config: HarmConfig) -> Result:
     )
     files = spread(picture_files(config.data), config.images)
     rows = []
-    for sigma in config.sigmas:
+    for sigma in parse_sigmas(config.sigma):
         images = _images(files, sigma, denoiser, below, quality=config.jpeg)
         rows.append(_level(list(images), sigma))
     header = (

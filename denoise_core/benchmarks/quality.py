@@ -8,6 +8,7 @@ images. Grey images are denoised as one channel.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,19 @@ def split_words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def parse_sigmas(text: str) -> list[float]:
+    """Return the noise levels, of 255, between commas. Raises UsageError."""
+    try:
+        sigmas = [float(word) for word in split_words(text)]
+    except ValueError:
+        sigmas = []
+    require(
+        bool(sigmas) and all(0 <= sigma < math.inf for sigma in sigmas),
+        f"--sigma {text}: expected numbers from 0, with commas.",
+    )
+    return sigmas
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityConfig:
     """Settings of `jobs.benchmark quality`."""
@@ -70,18 +84,15 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         require(self.limit >= 1, "--limit: expected a number from 1.")
-        require(bool(self.sigmas), "--sigma: expected a number, or some with commas.")
+        parse_sigmas(self.sigma)
         for name in self.filters:
             if name not in CLASSICAL:
                 raise UsageError(f"--baselines {name!r}: unknown.{nearest(name, CLASSICAL)}")
 
     @property
     def sigmas(self) -> list[float]:
-        """The noise levels. Raises UsageError."""
-        try:
-            return [float(word) for word in split_words(self.sigma)]
-        except ValueError:
-            raise UsageError(f"--sigma {self.sigma}: expected numbers.") from None
+        """The noise levels."""
+        return parse_sigmas(self.sigma)
 
     @property
     def filters(self) -> tuple[str, ...]:

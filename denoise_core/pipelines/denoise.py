@@ -92,9 +92,9 @@ def run_denoising(
     where this one cannot go on.
     """
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
-    names = AUTO_MODELS if config.model == AUTO else (config.model,)
     checkpoints = [
-        load_checkpoint(name, model_range=config.model_range, tell=watcher.note) for name in names
+        load_checkpoint(name, model_range=config.model_range, tell=watcher.note)
+        for name in candidates(config)
     ]
     config, geometry = resolve(config, checkpoints[0])
     storage = storage_for(config.output, options)
@@ -110,6 +110,11 @@ def run_denoising(
         if lock.taken_from:
             watcher.note(f"Took over the lock of run {lock.taken_from}, which is dead.")
         return _Run(job, checkpoints, storage, watcher, lock, start_ray or (lambda: None)).run()
+
+
+def candidates(config: DenoiseConfig) -> tuple[str, ...]:
+    """Return the names of the models that a run chooses from."""
+    return AUTO_MODELS if config.model == AUTO else (config.model,)
 
 
 def model_notes(config: DenoiseConfig, checkpoint: Checkpoint, geometry: Geometry) -> Iterator[str]:
@@ -159,7 +164,6 @@ def _make_job(
     options: StorageOptions,
 ) -> Job:
     below = None if config.copy_below == "auto" else float(config.copy_below)
-    names = AUTO_MODELS if config.model == AUTO else (config.model,)
     models = tuple(
         Model(
             name,
@@ -167,7 +171,7 @@ def _make_job(
             checkpoint.hash,
             float(checkpoint.card.get("break_even_sigma", 0.0)) if below is None else below,
         )
-        for name, checkpoint in zip(names, checkpoints, strict=True)
+        for name, checkpoint in zip(candidates(config), checkpoints, strict=True)
     )
     return Job(
         config=config,

@@ -303,9 +303,8 @@ class Expand:
                 parse_data_range(self.job.config.data_range)
                 or self._range(file, header, regions, name=facts["path"])
             )
-            metadata = read_metadata(file, name=facts["path"])
             if len(self.job.models) > 1:
-                facts["model"] = choose(header, metadata)
+                facts["model"] = choose(header, read_metadata(file, name=facts["path"]))
             if keeps_format(self.job.config) and self._is_quiet(file, header, regions, facts):
                 return [item]
         return [Item({**facts, "region": index}) for index in range(len(regions))]
@@ -683,15 +682,13 @@ class Write:
     def _copy_streamed(self, facts: Facts) -> None:
         """Copy a large quiet image by way of a temporary file."""
         source = storage_for(facts["source_uri"], self.job.options)
-        name = facts["path"]
-        sums = []
+        config, sums = self.job.config, []
+        regions = self.job.geometry.regions(*facts["size"], region=config.region)
         with source.open(facts["source_uri"]) as file:
-            for region in self.job.geometry.regions(*facts["size"], region=self.job.config.region):
-                if self.job.config.reference is None:
-                    break
+            for region in regions if config.reference is not None else ():
                 y0, y1, x0, x1 = region.core
                 core = slice(y0, y1), slice(x0, x1)
-                pixels, _ = read_window(file, y=core[0], x=core[1], name=name)
+                pixels, _ = read_window(file, y=core[0], x=core[1], name=facts["path"])
                 sums.append(self._region_against_reference(facts, core, pixels, pixels))
                 if "reference_problem" in sums[-1]:
                     break
