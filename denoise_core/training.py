@@ -26,6 +26,7 @@ from denoise_core.export import check_export
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
+from denoise_core.self_supervised import REGULARIZER, blind_spots_loss, neighbours_loss
 from denoise_core.space import with_arguments
 from denoise_core.storage import StorageOptions, absolute, join, storage_for
 from denoise_core.training_data import (
@@ -318,21 +319,27 @@ class Trainer:
     def _make_step(self, tf: Any) -> Any:
         model, optimizer, strategy = self.model, self.optimizer, self.strategy
         replicas, bound, each = self.config.workers, self.preset.clip_norm, self._loss
-        blind = self.config.mode == "noise2void"
+        mode = self.config.mode
 
-        def loss_of(denoised: Any, clean: Any, squared: Any) -> Any:
-            known = tf.math.is_finite(clean)
-            target = tf.where(known, clean, denoised) if blind else clean
-            values = tf.where(squared, tf.square(denoised - target), each(denoised, target))
-            # Divided by the global batch: the optimizer sums over the replicas.
-            mean = tf.reduce_mean(values) / replicas
-            return mean / tf.reduce_mean(tf.cast(known, tf.float32)) if blind else mean
+        def predict(noisy: Any) -> Any:
+            return tf.cast(model(noisy, training=True), tf.float32)
+
+        def loss_of(noisy: Any, clean: Any, squared: Any, fraction: Any) -> Any:
+            def loss(p: Any, t: Any) -> Any:
+                return tf.where(squared, tf.square(p - t), each(p, t))
+
+            if mode == "neighbor2neighbor":
+                weight = REGULARIZER * fraction
+                return neighbours_loss(predict, noisy, clean, loss=loss, weight=weight)
+            if mode == "noise2void":
+                return blind_spots_loss(predict(noisy), clean, loss=loss)
+            return tf.reduce_mean(loss(predict(noisy), clean))
 
         @tf.function(jit_compile=self._compiled(tf))
-        def gradients(noisy: Any, clean: Any, squared: Any) -> Any:
+        def gradients(noisy: Any, clean: Any, squared: Any, fraction: Any) -> Any:
             with tf.GradientTape() as tape:
-                denoised = tf.cast(model(noisy, training=True), tf.float32)
-                loss = loss_of(denoised, clean, squared)
+                # Divided by the global batch: the optimizer sums over the replicas.
+                loss = loss_of(noisy, clean, squared, fraction) / replicas
             return loss, tape.gradient(loss, model.trainable_variables)
 
         def bounded(grads: Any) -> Any:
@@ -346,9 +353,9 @@ class Trainer:
             return [g / replicas for g in tf.clip_by_global_norm(whole, bound)[0]]
 
         @tf.function
-        def step(noisy: Any, clean: Any, rate: Any, squared: Any) -> Any:
+        def step(noisy: Any, clean: Any, rate: Any, squared: Any, fraction: Any) -> Any:
             def replica() -> Any:
-                loss, grads = gradients(noisy, clean, squared)
+                loss, grads = gradients(noisy, clean, squared, fraction)
                 optimizer.apply(bounded(grads), model.trainable_variables)
                 return loss
 
@@ -426,8 +433,9 @@ class Trainer:
         import tensorflow as tf
 
         rate = learning_rate(self.preset, self.config, self.progress)
-        squared = fraction >= self.preset.mse_from
-        loss = float(self._step(noisy, clean, tf.constant(rate, tf.float32), tf.constant(squared)))
+        squared = tf.constant(fraction >= self.preset.mse_from)
+        numbers = tf.constant(rate, tf.float32), squared, tf.constant(fraction, tf.float32)
+        loss = float(self._step(noisy, clean, *numbers))
         if not math.isfinite(loss):
             raise self._diverged(f"The loss became {loss}")
         self.progress.step += 1

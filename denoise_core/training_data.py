@@ -31,6 +31,7 @@ from denoise_core.images.codecs import SUFFIXES
 from denoise_core.noise import Noise, parse_noise
 from denoise_core.pairs import matched, refuse_unpaired
 from denoise_core.presets import Preset
+from denoise_core.self_supervised import blind_spots, draw_neighbours, pick
 from denoise_core.storage import Entry, StorageOptions, expand, storage_for
 
 Array = np.ndarray
@@ -416,7 +417,11 @@ class Sampler:
         return np.stack(noisy), np.stack(clean)
 
     def sample(self, *, step: int, place: int, crop: int, size: int = 1) -> tuple[Array, Array]:
-        """Return (noisy, clean), float32 (crop, crop, C); clean is in [0, 1]."""
+        """Return (noisy, clean), float32 (crop, crop, C); clean is in [0, 1].
+
+        In mode 'neighbor2neighbor' noisy has twice the sides, and draw_neighbours' places stand for
+        the clean image; in mode 'noise2void' the pair is that of `blind_spots`.
+        """
         rng = np.random.default_rng((self.seed, step, place))
         picture = self._picture(rng, number=step * size + place)
         image, partner = self.library.get(picture)
@@ -426,7 +431,7 @@ class Sampler:
             assert other is not None
             return cut, other
         if self.mode == "neighbor2neighbor":
-            return neighbours(cut, rng)
+            return cut, draw_neighbours(rng, crop, crop)
         if self.mode == "noise2void":
             return blind_spots(cut, rng)
         return self._with_noise(cut, rng)
@@ -521,48 +526,6 @@ class Affine:
         return np.stack(planes, axis=2).astype(np.float32)
 
 
-def neighbours(noisy: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return two images (H/2, W/2, C) of neighbouring pixels of one noisy image (H, W, C).
-
-    In every 2x2 cell two pixels that share an edge are drawn, one for each; with noise that is
-    independent between pixels the second is a noisy target for the first. Neighbor2Neighbor (Huang
-    et al., CVPR 2021), without its regularizer.
-    """
-    height, width, channels = noisy.shape
-    cells = noisy.reshape(height // 2, 2, width // 2, 2, channels).transpose(0, 2, 1, 3, 4)
-    cells = cells.reshape(height // 2, width // 2, 4, channels)
-    # Clockwise, neighbours in this list share an edge.
-    ring = cells[:, :, [0, 1, 3, 2]]
-    first = rng.integers(4, size=ring.shape[:2])
-    second = (first + rng.choice([1, 3], size=first.shape)) % 4
-    rows, columns = np.indices(first.shape)
-    return ring[rows, columns, first], ring[rows, columns, second]
-
-
-def blind_spots(
-    noisy: Array, rng: np.random.Generator, *, share: float = 0.02, reach: int = 2
-) -> tuple[Array, Array]:
-    """Return (input, target): a `share` of the pixels is replaced by a neighbour within `reach`.
-
-    The target has the true values there and NaN elsewhere, where there is nothing to learn.
-    Noise2Void (Krull et al., CVPR 2019).
-    """
-    height, width = noisy.shape[:2]
-    count = max(1, round(share * height * width))
-    y, x = rng.integers(height, size=count), rng.integers(width, size=count)
-    steps = rng.integers(-reach, reach + 1, (2, count))
-    # A pixel may not stand in for itself.
-    steps[0] += np.where((steps == 0).all(axis=0), 1, 0)
-    from_y = np.abs(y + steps[0])
-    from_y = np.where(from_y >= height, 2 * height - 2 - from_y, from_y)
-    from_x = np.abs(x + steps[1])
-    from_x = np.where(from_x >= width, 2 * width - 2 - from_x, from_x)
-    values, target = noisy.copy(), np.full_like(noisy, np.nan)
-    values[y, x] = noisy[from_y, from_x]
-    target[y, x] = noisy[y, x]
-    return values, target
-
-
 def validation_pairs(
     pictures: Sequence[Picture], sampler: Sampler, *, noise: Noise, side: int, stride: int
 ) -> list[tuple[Array, Array]]:
@@ -588,7 +551,8 @@ def validation_pairs(
         if sampler.mode == "pairs" and partner is not None:
             pairs.append((values, to_unit(partner[place], partner)))
         elif sampler.mode == "neighbor2neighbor":
-            pairs.append(neighbours(values, rng))
+            places = draw_neighbours(rng, height // 2, width // 2)
+            pairs.append((pick(values, places[..., 0]), pick(values, places[..., 1])))
         elif sampler.mode == "noise2void":
             pairs.append(blind_spots(values, rng))
         else:

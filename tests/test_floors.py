@@ -18,7 +18,7 @@ CORE = ROOT / "denoise_core"
 FLOORS = [
     {"errors", "config"},
     {"tiling", "patches", "noise", "metrics", "storage", "images", "models", "devices", "presets"}
-    | {"idx", "pairs", "space", "trials"},
+    | {"idx", "pairs", "space", "trials", "self_supervised"},
     {"checkpoints", "curves", "keras_files", "worklist", "results", "lock"},
     {
         "choice",

@@ -42,8 +42,6 @@ from denoise_core.training_data import (
     Picture,
     Sampler,
     TrainingData,
-    blind_spots,
-    neighbours,
     parse_augment,
     prefetch,
     validation_pairs,
@@ -410,30 +408,6 @@ def test_grey_crops_have_one_luma_and_one_noise(tmp_path):
     assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 300))
 
 
-def test_neighbours_share_an_edge_of_one_cell():
-    rng = np.random.default_rng(0)
-    places = np.stack(np.indices((16, 20)), axis=2).astype(np.float32)
-    first, second = neighbours(places, rng)
-    assert first.shape == second.shape == (8, 10, 2)
-    np.testing.assert_array_equal(np.abs(first - second).sum(axis=2), 1)
-    cells = np.stack(np.indices((8, 10)), axis=2)
-    np.testing.assert_array_equal(first // 2, cells)
-    np.testing.assert_array_equal(second // 2, cells)
-
-
-def test_blind_spots_show_a_neighbour_and_ask_for_the_pixel():
-    rng = np.random.default_rng(0)
-    noisy = np.stack(np.indices((32, 40)), axis=2).astype(np.float32)
-    values, target = blind_spots(noisy, rng, share=0.05, reach=2)
-    spots = np.isfinite(target).all(axis=2)
-    assert 30 <= spots.sum() <= 64
-    np.testing.assert_array_equal(values[~spots], noisy[~spots])
-    np.testing.assert_array_equal(target[spots], noisy[spots])
-    steps = np.abs(values - noisy)[spots]
-    assert steps.max() <= 3
-    assert (steps.max(axis=1) > 0).all()
-
-
 def test_validation_pairs_are_the_middle_with_noise_of_their_own(folder, data):
     draws = sampler_once(folder)
     pairs = validation_pairs(
@@ -758,9 +732,9 @@ def test_the_squared_loss_takes_over_and_stages_change(data, monkeypatch):
     calls = []
     step = trainer._step
 
-    def watch(noisy, clean, rate, squared):
+    def watch(noisy, clean, rate, squared, fraction):
         calls.append((noisy.shape, bool(squared)))
-        return step(noisy, clean, rate, squared)
+        return step(noisy, clean, rate, squared, fraction)
 
     trainer._step = watch
     run(trainer)

@@ -256,7 +256,7 @@ class RayStream:
             yield from zip(table["noisy"], table["clean"], strict=True)
 
 
-def input_rates(plan: Plan, *, steps: int, warm: int = 10) -> dict[str, float]:
+def input_rates(plan: Plan, *, steps: int, warm: int) -> dict[str, float]:
     """Return optimizer steps a second with one batch in memory, a thread's and Ray Data's batches.
 
     Starts a local Ray. The batch in memory is measured first and last, and averaged: what else the
