@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,21 @@ def test_killers_and_stuck_images_fail_alone(
     stuck = rows["stuck.png"]
     assert (stuck["error_type"], stuck["error_stage"]) == ("ImageTimeout", "read")
     assert "15 s" in stuck["error_message"]
+
+
+def test_a_codec_that_never_comes_back_is_ended_with_its_process(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
+    write_pngs(tmp_path / "in", "good", "wedged")
+    outcome = denoise(
+        tmp_path / "in", tmp_path / "out", checkpoint, max_attempts=1, timeout_per_image=2.0
+    )
+    rows = by_name(tmp_path / "out")
+    assert (outcome.totals.ok, outcome.totals.failed) == (1, 1)
+    assert rows["good.png"]["status"] == "ok"
+    row = rows["wedged.png"]
+    assert (row["error_type"], row["error_stage"]) == ("WorkerDied", "read")
+    assert "stuck, by its time limit" in row["error_message"]
 
 
 def test_fault_of_the_program_ends_the_run_in_one_sentence(
@@ -293,6 +310,49 @@ def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -
     assert code == 3
     assert "Over the error budget: 50.0% failed" in text
     assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may read everything"
+)
+def test_a_terminal_shows_a_bar_and_why_a_file_could_not_be_read(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_pngs(source, "one", "two", "secret")
+    (source / "secret.png").chmod(0)
+    rights = "-dac_override,-dac_read_search"
+    bounds = ["setpriv", f"--bounding-set={rights}"] if os.geteuid() == 0 else []
+    command = [*bounds, sys.executable, "-m", "jobs.denoise", source, "--output", out]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [*map(str, command), "--model", checkpoint],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        env=job_environment(TERM="xterm-256color", COLUMNS="100", LINES="40"),
+    )
+    os.close(end)
+    shown = b""
+    # Linux ends a terminal without writers by an error.
+    with suppress(OSError):
+        while part := os.read(terminal, 1 << 16):
+            shown += part
+    os.close(terminal)
+    text = shown.decode()
+    assert process.wait(timeout=30) == 3, text
+    assert "Traceback" not in text
+    # The bar is drawn again and again in place, and gone at the end.
+    assert "Starting workers" in text
+    assert "\x1b[2K" in text
+    last = text.rpartition("\x1b")[2]
+    assert "2 denoised, 0 copied, 1 failed" in last
+    assert "━" not in last
+    row = by_name(out)["secret.png"]
+    assert (row["error_stage"], row["error_type"]) == ("read", "AccessDenied")
+    assert "permission denied; give this user the right" in row["error_message"]
+    assert by_name(out)["one.png"]["status"] == "ok"
 
 
 def write_lock(out: Path, **values: Any) -> None:
