@@ -529,6 +529,16 @@ class TestS3(StorageContract):
         options = StorageOptions(s3_endpoint="http://nowhere.invalid", max_attempts=1)
         self.refused("s3://b", StorageUnavailable, "nowhere.invalid did not", options=options)
 
+    def test_a_silent_server_is_told_of_while_it_is_tried(
+        self, s3_server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _: None)
+        options = StorageOptions(s3_endpoint="http://127.0.0.1:1", max_attempts=6)
+        with pytest.raises(StorageUnavailable, match="after 6 tries"):
+            S3Storage(options).read("s3://b/a")
+        (record,) = caplog.records
+        assert "S3 at 127.0.0.1:1 does not answer" in record.message
+
     def test_invalid_bucket_name(self, s3_server: Any) -> None:
         self.refused("s3://b ü", StorageError, "not a valid bucket")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import mimetypes
 import os
 import random
@@ -75,6 +76,10 @@ _S3_ERRORS: dict[str, tuple[type[StorageError], str]] = {
     "AuthorizationHeaderMalformed": (StorageError, _REGION),
     "KeyTooLongError": (StorageError, "the key is longer than the 1024 bytes that S3 allows"),
 }
+
+
+# Tries without an answer after which a line says so.
+TELL_AFTER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +262,16 @@ def _client(options: StorageOptions, pid: int, environment: int) -> Any:
         # Other servers rarely have a DNS name per bucket.
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
-    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    client = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    client.meta.events.register("needs-retry.s3", functools.partial(_tell, _s3_host(options)))
+    return client
+
+
+def _tell(host: str, *, attempts: int, caught_exception: Exception | None, **_: Any) -> None:
+    """Say that a server is silent: the remaining tries take about a minute."""
+    if attempts == TELL_AFTER and caught_exception is not None:
+        kind = type(caught_exception).__name__
+        logging.getLogger(__name__).warning("S3 at %s does not answer (%s); trying on.", host, kind)
 
 
 def _split_s3(uri: str, *, key_needed: bool = False) -> tuple[str, str]:
