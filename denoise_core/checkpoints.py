@@ -33,8 +33,9 @@ class Checkpoint:
     """A model's card and the place of its weights.
 
     `architecture` and `arguments` say what to build; `total_stride`, `default_halo` and
-    `exact_halo`, in pixels, steer the cutting; `break_even_sigma` (of 255), where a card has it, is
-    the noise under which the model does an image more harm than good. The rest is for people.
+    `exact_halo`, in pixels, steer the cutting; `break_even_sigma` and `break_even_residual` (of
+    255), where a card has them, are the noise, and the root mean square of what the model takes
+    away, under which it does an image more harm than good. The rest is for people.
     """
 
     name: str

@@ -1,6 +1,8 @@
 """What becomes of an image by what it shows: left alone or denoised, and by which model.
 
-Figures behind the rules are in the models' cards (`break_even`) and in the README.
+Before the model: by estimates of the noise. After it: by how much it would take away, which in a
+quiet image is less than in a noisy one, however much texture there is. Figures behind the rules are
+in the models' cards (`break_even`) and in the README.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ noise went through a demosaic, a tone curve and often a JPEG. Of one architectur
 LOSSY = ("jpeg", "webp")
 # Texture adds up to so many levels to the wavelet estimate of the noise.
 TEXTURE_LEVELS = 8.0
+# Side of the squares, in pixels, that are blank or not.
+SQUARE_SIDE = 8
 
 
 def noise_sigma(windows: Sequence[Array], *, spread: float) -> float:
@@ -47,6 +51,26 @@ def is_quiet(
         return sigma < below
     white = [metrics.white_sigma(each, data_range=spread) for each in windows]
     return float(np.mean(white)) < below
+
+
+def residual_rms(noisy: Array, denoised: Array, *, spread: float) -> float:
+    """Return the root mean square of what a model took away, in levels; images are (H, W, C).
+
+    Blank squares, as the background of a scan or around a cell, do not count.
+    """
+    before = _squares(noisy)
+    textured = (before.max(axis=1) > before.min(axis=1)).any(axis=1)
+    taken = (_squares(denoised)[textured].astype(np.float32) - before[textured]) * (255.0 / spread)
+    return float(np.sqrt(np.mean(np.square(taken), dtype=np.float64))) if taken.size else 0.0
+
+
+def _squares(image: Array) -> Array:
+    """Return (N, pixels, C): squares of SQUARE_SIDE, without what is left over at two edges."""
+    height, width = (min(SQUARE_SIDE, side) for side in image.shape[:2])
+    rows, columns = image.shape[0] // height, image.shape[1] // width
+    cut = image[: rows * height, : columns * width]
+    cut = cut.reshape(rows, height, columns, width, -1).swapaxes(1, 2)
+    return cut.reshape(rows * columns, height * width, -1)
 
 
 def from_camera(header: ImageHeader, metadata: ImageMetadata) -> bool:

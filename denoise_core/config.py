@@ -180,7 +180,7 @@ class DenoiseConfig:
     )
     copy_below: str = setting(
         "auto",
-        "Copy images of a lower noise sigma (of 255); auto: the model's break-even.",
+        "Copy images of a lower noise sigma (of 255); auto: by the model's break-even figures.",
         metavar="auto|SIGMA",
     )
     existing: str = setting(

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 ARGUMENTS = {"widths": (8, 16), "blocks": (1, 1), "channels": 3}
 
 
-def make_checkpoint(folder: Path, *, seed: int = 0, break_even: float = 0.0) -> str:
+def make_checkpoint(folder: Path, *, seed: int = 0, **more: Any) -> str:
     """Write a tiny U-Net with random weights that change an image a little; return its path.
+
+    `more` goes into the card.
 
     The weights are drawn by NumPy from the layers' known shapes, so that no test process needs
     TensorFlow.
@@ -42,7 +44,7 @@ def make_checkpoint(folder: Path, *, seed: int = 0, break_even: float = 0.0) -> 
         "default_halo": 16,
         "exact_halo": exact_halo(**ARGUMENTS),
         "total_stride": total_stride(**ARGUMENTS),
-        "break_even_sigma": break_even,
+        **more,
     }
     save_checkpoint(folder, weights, card)
     return str(folder)

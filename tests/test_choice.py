@@ -10,7 +10,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from denoise_core.choice import AUTO_MODELS, choose, is_quiet, noise_sigma
+from denoise_core.choice import AUTO_MODELS, choose, is_quiet, noise_sigma, residual_rms
 from denoise_core.images import decode
 from denoise_core.metrics import estimate_sigma, white_sigma
 
@@ -22,6 +22,21 @@ def file_of(pixels: np.ndarray, form: str, *, maker: str | None = None) -> bytes
         exif[271] = maker
     Image.fromarray(pixels.astype(np.uint8)).save(buffer, form, quality=90, exif=exif)
     return buffer.getvalue()
+
+
+def test_residual_is_in_levels_and_leaves_blank_squares_out() -> None:
+    rng = np.random.default_rng(0)
+    noisy = rng.integers(0, 65536, (30, 45, 3)).astype(np.uint16)
+    noisy[:, :24] = (10, 20, 30)
+    denoised = noisy + np.float32(514.0)
+    assert residual_rms(noisy, denoised, spread=65535) == pytest.approx(2.0, rel=1e-6)
+    # What is left over at the edges, and what is blank, may change as it likes.
+    denoised[24:] += 1e4
+    denoised[:, 40:] += 1e4
+    denoised[:, :24] -= 1e4
+    assert residual_rms(noisy, denoised, spread=65535) == pytest.approx(2.0, rel=1e-6)
+    assert residual_rms(noisy[:, :24], denoised[:, :24], spread=65535) == 0.0
+    assert residual_rms(noisy[:5, 30:33], denoised[:5, 30:33], spread=65535) == pytest.approx(2.0)
 
 
 def test_texture_is_not_taken_for_noise() -> None:

@@ -25,6 +25,7 @@ import tifffile
 from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture, rows_of
 from PIL import Image
 
+from denoise_core.choice import residual_rms
 from denoise_core.errors import UsageError
 from denoise_core.images import decode
 from denoise_core.metrics import error_sums
@@ -403,7 +404,9 @@ def test_result_depends_on_no_actor_neighbour_or_order(
     assert not (out / ".denoise/regions").exists() or not files_below(out / ".denoise/regions")
 
 
-def test_large_images_have_figures_or_are_copied(checkpoint: str, tmp_path: Path) -> None:
+def test_large_images_have_figures_or_are_copied(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
     """In regions: errors against a reference are those of the whole; a quiet image is copied."""
     noisy, clean = (as_dtype(picture(700, 1100, 3, sigma=s), "uint8") for s in (20.0, 0.0))
     pairs = {"noisy.tif": noisy, "quiet.tif": clean, "alone.tif": noisy, "other.tif": noisy}
@@ -438,6 +441,37 @@ def test_large_images_have_figures_or_are_copied(checkpoint: str, tmp_path: Path
     copy = tmp_path / "out/images/quiet.tif"
     assert copy.read_bytes() == (tmp_path / "in/quiet.tif").read_bytes()
     assert files_below(tmp_path / "out/.denoise/regions") == []
+
+
+def test_an_image_that_the_model_would_hardly_change_is_copied(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for seed in range(4):
+        pixels = as_dtype(picture(90, 120, 3, seed=seed) * (seed + 1) / 4, "uint8")
+        (source / f"{seed}.png").write_bytes(png_bytes(pixels))
+
+    def pixels_of(path: Path) -> np.ndarray:
+        return decode(path.read_bytes(), name="x").pixels
+
+    denoise(source, tmp_path / "all", checkpoint)
+    taken = {
+        path.name: residual_rms(
+            pixels_of(path), pixels_of(tmp_path / "all/images" / path.name), spread=255
+        )
+        for path in source.iterdir()
+    }
+    limit = float(np.median(list(taken.values())))
+    careful = make_checkpoint(tmp_path / "careful", break_even_residual=limit)
+    outcome = denoise(source, tmp_path / "out", careful)
+    assert (outcome.totals.ok, outcome.totals.copied) == (2, 2)
+    for name, row in by_name(tmp_path / "out").items():
+        copied = taken[name] < limit
+        assert row["status"] == ("copied" if copied else "ok")
+        same = source if copied else tmp_path / "all/images"
+        assert (tmp_path / "out/images" / name).read_bytes() == (same / name).read_bytes()
+        assert (row["sigma_out"] == row["sigma_in"]) == copied
 
 
 def test_format_depth_and_strength_zero(job: Any, checkpoint: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,13 +19,20 @@ from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
 from denoise_core.benchmarks.quality import parse_sigmas
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.checkpoints import load_checkpoint
-from denoise_core.choice import is_quiet, noise_sigma
+from denoise_core.choice import is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, require, setting
 from denoise_core.denoiser import Denoiser
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.noise import Jpeg
 
 Array = np.ndarray
+
+
+class Limits(NamedTuple):
+    """What an image is copied under, in levels: noise, and what the model would take away."""
+
+    sigma: float
+    residual: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +61,13 @@ def run(config: HarmConfig) -> Result:
     """Send every image at every sigma through the decision and, where it says so, the model."""
     checkpoint = load_checkpoint(config.model)
     denoiser = Denoiser(checkpoint, precision="float32")
-    below = float(
-        checkpoint.card.get("break_even_sigma", 0)
-        if config.copy_below == "auto"
-        else config.copy_below
-    )
+    auto = config.copy_below == "auto"
+    card = checkpoint.card if auto else {"break_even_sigma": config.copy_below}
+    limits = Limits(*(float(card.get(f"break_even_{name}", 0)) for name in Limits._fields))
     files = spread(picture_files(config.data), config.images)
     rows = []
     for sigma in parse_sigmas(config.sigma):
-        images = _images(files, sigma, denoiser, below, quality=config.jpeg)
+        images = _images(files, sigma, denoiser, limits, quality=config.jpeg)
         rows.append(_level(list(images), sigma))
     header = (
         "sigma", "copied", "denoised", "PSNR noisy", "PSNR after", "mean change, denoised",
@@ -86,14 +91,15 @@ def run(config: HarmConfig) -> Result:
     saved = "clipped and rounded to 8 bits" if config.jpeg is None else f"as JPEG {config.jpeg}"
     text = (
         f"**{name}**, {len(files)} images with noise, {saved}; copied "
-        f"below an estimated sigma of {below:g}; mean PSNR and changes in dB."
+        f"below an estimated sigma of {limits.sigma:g}, or where the model would take away under "
+        f"{limits.residual:g} levels (root mean square); mean PSNR and changes in dB."
     )
-    data = {"copy_below": below, "images": len(files), "levels": rows}
+    data = {"copy_below": limits._asdict(), "images": len(files), "levels": rows}
     return Result("harm", "Little noise or none", f"{text}\n\n{table(header, lines)}", data)
 
 
 def _images(
-    files: list[Path], sigma: float, denoiser: Denoiser, below: float, *, quality: int | None
+    files: list[Path], sigma: float, denoiser: Denoiser, limits: Limits, *, quality: int | None
 ) -> Iterator[dict[str, float | bool]]:
     for path in files:
         clean = read_picture(path)
@@ -104,8 +110,11 @@ def _images(
         estimate = noise_sigma([noisy], spread=255)
         # Whatever file the clean image came from.
         codec = "png" if quality is None else "jpeg"
+        below = limits.sigma
         quiet = is_quiet([noisy], codec=codec, sigma=estimate, below=below, spread=255)
         after = noisy if quiet else to_bytes(denoiser.denoise([noisy])[0] / 255)
+        if not quiet and residual_rms(noisy, after, spread=255) < limits.residual:
+            quiet, after = True, noisy
         yield {
             "copied": quiet,
             "noisy": metrics.psnr(noisy, clean, data_range=255),

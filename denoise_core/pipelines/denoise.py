@@ -170,6 +170,7 @@ def _make_job(
             checkpoint.name,
             checkpoint.hash,
             float(checkpoint.card.get("break_even_sigma", 0.0)) if below is None else below,
+            float(checkpoint.card.get("break_even_residual", 0.0)) if below is None else 0.0,
         )
         for name, checkpoint in zip(candidates(config), checkpoints, strict=True)
     )

@@ -21,13 +21,15 @@ Facts = dict[str, Any]
 class Model:
     """A model that a run may use: `name` as `load_checkpoint` takes it; `id`, `hash` for the row.
 
-    `copy_below`, in levels, is the noise under which an image is copied rather than denoised.
+    An image is copied where its noise is under `copy_below`, in levels, and where what the model
+    would take away has a root mean square under `copy_residual`.
     """
 
     name: str
     id: str
     hash: str
     copy_below: float
+    copy_residual: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

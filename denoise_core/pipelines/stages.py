@@ -27,7 +27,7 @@ import pyarrow as pa
 import ray
 
 from denoise_core import metrics
-from denoise_core.choice import choose, is_quiet, noise_sigma
+from denoise_core.choice import choose, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, parse_data_range
 from denoise_core.denoiser import Denoiser, Part
 from denoise_core.errors import (
@@ -539,13 +539,25 @@ class Denoise:
                 raise
             raise MemoryError("on the device: use a smaller --batch-size or --patch") from None
         for item, part, values in zip(items, parts, results, strict=True):
-            item.denoised = values
+            if self._changes_too_little(item, values):
+                item.facts["copied"] = True
+            else:
+                item.denoised = values
             item.facts |= {
                 "core_shape": list(values.shape),
                 "patches": len(part.region.patches),
                 "device": denoiser.device,
                 "precision": denoiser.precision,
             }
+
+    def _changes_too_little(self, item: Item, values: Array) -> bool:
+        """Whether a whole image is better left alone, by what the model would take away."""
+        config, facts = self.job.config, item.facts
+        limit = self.job.model(facts).copy_residual * config.strength
+        if not limit or facts["regions"] > 1 or not keeps_format(config):
+            return False
+        low, high = facts["data_range"]
+        return residual_rms(item.array("pixels"), values, spread=high - low) < limit
 
     def _part(self, item: Item) -> Part:
         facts = item.facts
