@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV_VERSION := 0.9.30
 BIN := .venv/bin
 
-.PHONY: install demo test test-cluster test-chaos check lock clean
+.PHONY: install demo test test-cluster test-chaos test-large check lock clean
 
 # Compiled at install: without bytecode every start of TensorFlow and Ray is ten seconds slower.
 install: .venv/installed
@@ -30,6 +30,10 @@ SEED ?= 1
 MINUTES ?= 5
 test-chaos: install
 	$(BIN)/python tests/chaos.py --seed $(SEED) --minutes $(MINUTES)
+
+# A gigapixel image by one actor and by three; a quarter of an hour and 15 GB.
+test-large: install
+	DENOISE_TEST_LARGE=1 $(BIN)/python -m pytest -s tests/test_large.py
 
 check: install
 	$(BIN)/ruff check .

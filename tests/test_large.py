@@ -1,0 +1,112 @@
+"""A gigapixel TIFF, in regions, by one actor and by three with a kill on the way.
+
+`make test-large`: a quarter of an hour and 15 GB of disk, so not among the default tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from helpers import files_below, rows_of, start_job
+
+from denoise_core.benchmarks.memory import figures
+from denoise_core.benchmarks.processes import JobRun, run_denoise
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(5400),
+    pytest.mark.skipif(
+        os.environ.get("DENOISE_TEST_LARGE") != "1", reason="takes long: `make test-large`"
+    ),
+]
+
+HEIGHT, WIDTH, TILE = 25_000, 40_000, 512
+WORKER_BYTES = 3_000_000_000
+
+
+def tiles() -> Iterator[np.ndarray]:
+    """One tile in eight is noisy, the rest is blank, as on a slide."""
+    rng = np.random.default_rng(0)
+    blank = np.full((TILE, TILE, 3), 230, np.uint8)
+    for number in range(-(-HEIGHT // TILE) * -(-WIDTH // TILE)):
+        yield rng.integers(90, 160, blank.shape, np.uint8) if number % 8 == 3 else blank
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def watch_redone(staged: dict[Path, int], process: threading.Event, redone: set[str]) -> None:
+    """Note finished regions that are written again; each would stay until all are done."""
+    while not process.wait(0.5):
+        for path, inode in staged.items():
+            try:
+                if path.stat().st_ino != inode:
+                    redone.add(path.name)
+            except FileNotFoundError:
+                pass
+
+
+def largest_worker(job: JobRun) -> int:
+    return int(figures(job)["largest_worker"]["rss"])
+
+
+def test_a_gigapixel_over_several_workers_and_a_kill(checkpoint: str, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "slide.tif"
+    source.parent.mkdir()
+    with tifffile.TiffWriter(source, bigtiff=True) as writer:
+        writer.write(
+            tiles(), shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, tile=(TILE, TILE),
+            photometric="rgb", compression="zlib", compressionargs={"level": 1}, maxworkers=1,
+        )  # fmt: skip
+    options = ["--model", checkpoint, "--precision", "float32"]
+    alone, several = tmp_path / "one", tmp_path / "three"
+    first = run_denoise([str(source)], alone, *options, "--actors", "1", memory=True)
+
+    process = start_job(source, "--output", several, *options, "--actors", "3")
+    end = time.monotonic() + 900
+    while len(list(several.glob(".denoise/regions/*/*.json"))) < 12:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "no regions"
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # Ray's own processes have groups of their own; they end when their driver has.
+    time.sleep(15)
+    assert files_below(several / "images") == []
+    markers = list(several.glob(".denoise/regions/*/*.json"))
+    staged = {path.with_suffix(".npy"): path.with_suffix(".npy").stat().st_ino for path in markers}
+    done, redone = threading.Event(), set()
+    watcher = threading.Thread(target=watch_redone, args=(staged, done, redone))
+    watcher.start()
+    second = run_denoise([str(source)], several, *options, "--actors", "3", memory=True)
+    done.set()
+    watcher.join()
+
+    assert redone == set()
+    (row,) = rows_of(several)
+    assert (row["status"], row["width"], row["height"]) == ("ok", WIDTH, HEIGHT)
+    assert row["regions"] > len(staged) >= 12
+    outputs = [folder / "images/slide.tif" for folder in (alone, several)]
+    assert digest(outputs[0]) == digest(outputs[1])
+    with tifffile.TiffFile(outputs[1]) as made:
+        page = made.pages.first
+        assert (made.is_bigtiff, page.is_tiled, page.shape) == (True, True, (HEIGHT, WIDTH, 3))
+    assert files_below(several / ".denoise/regions") == []
+    peaks = [largest_worker(job) for job in (first, second)]
+    print(
+        f"{WIDTH}x{HEIGHT}: one actor {first.seconds:.0f} s, three after the kill of {len(staged)} "
+        f"of {row['regions']} regions {second.seconds:.0f} s; largest worker "
+        f"{peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB"
+    )
+    assert max(peaks) < WORKER_BYTES
