@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 from click.testing import CliRunner, Result
-from helpers import job_environment
+from helpers import job_environment, make_checkpoint
 
 from denoise_core.benchmarks import (
     QualityConfig,
@@ -151,6 +151,11 @@ def test_harm_copies_the_quiet_and_tells_of_the_rest(
     (changed,) = read(tmp_path, "harm")["levels"]
     assert (changed["copied"], changed["harmed"]) == (0, 2)
     assert run("harm", *same, "--sigma", "loud").exit_code == 2
+    careful = make_checkpoint(tmp_path / "careful", break_even_residual=255.0)
+    same = (*same[:2], "--model", careful, *same[4:], "--sigma", "0")
+    for level, copied in (("95", 2), ("85", 0)):
+        run("harm", *same, "--jpeg", level)
+        assert read(tmp_path, "harm")["levels"][0]["copied"] == copied
 
 
 def test_listing_of_generated_names_and_of_a_rerun(tmp_path: Path) -> None:

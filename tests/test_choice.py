@@ -10,7 +10,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from denoise_core.choice import AUTO_MODELS, choose, is_quiet, noise_sigma, residual_rms
+from denoise_core.choice import AUTO_MODELS, choose, is_coarse, is_quiet, noise_sigma, residual_rms
 from denoise_core.images import decode
 from denoise_core.metrics import estimate_sigma, white_sigma
 
@@ -37,6 +37,20 @@ def test_residual_is_in_levels_and_leaves_blank_squares_out() -> None:
     assert residual_rms(noisy, denoised, spread=65535) == pytest.approx(2.0, rel=1e-6)
     assert residual_rms(noisy[:, :24], denoised[:, :24], spread=65535) == 0.0
     assert residual_rms(noisy[:5, 30:33], denoised[:5, 30:33], spread=65535) == pytest.approx(2.0)
+
+
+def test_a_coarse_file_is_told_by_its_tables() -> None:
+    pixels = skimage.data.chelsea()
+
+    def coarse(form: str, **options: object) -> bool:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, form, **options)
+        return is_coarse(decode(buffer.getvalue(), name="photo").metadata)
+
+    assert [coarse("jpeg", quality=q) for q in (50, 85, 90, 95, 100)] == [True] * 3 + [False] * 2
+    assert coarse("webp", quality=95)
+    assert not coarse("webp", lossless=True)
+    assert not coarse("png")
 
 
 def test_texture_is_not_taken_for_noise() -> None:

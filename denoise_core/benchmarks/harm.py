@@ -1,29 +1,31 @@
 """What becomes of images that have little noise or none: copied, gained or harmed.
 
 8-bit images with N(0, sigma/255), clipped and rounded to 8 bits as in a file or saved as a JPEG, go
-the way of `jobs.denoise`: those that `choice.is_quiet` are left alone, the others denoised and
-rounded. The reference is the image before noise and JPEG.
+the way of `jobs.denoise`: those that `choice` finds quiet, or the model would hardly change, are
+left alone, the others denoised and rounded. The reference is the image before noise and JPEG.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from denoise_core import metrics
 from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
 from denoise_core.benchmarks.quality import parse_sigmas
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.checkpoints import load_checkpoint
-from denoise_core.choice import is_quiet, noise_sigma, residual_rms
+from denoise_core.choice import is_coarse, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, require, setting
 from denoise_core.denoiser import Denoiser
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
-from denoise_core.noise import Jpeg
+from denoise_core.images import DecodedImage, decode
 
 Array = np.ndarray
 
@@ -104,16 +106,17 @@ def _images(
     for path in files:
         clean = read_picture(path)
         noisy = to_bytes(noisy_of(clean, sigma))
+        coarse = False
         if quality is not None:
-            jpeg = Jpeg(quality, quality)
-            noisy = to_bytes(jpeg.apply(noisy / np.float32(255), np.random.default_rng(0)))
+            image = _through_jpeg(noisy, quality)
+            noisy, coarse = image.pixels, is_coarse(image.metadata)
         estimate = noise_sigma([noisy], spread=255)
         # Whatever file the clean image came from.
         codec = "png" if quality is None else "jpeg"
         below = limits.sigma
         quiet = is_quiet([noisy], codec=codec, sigma=estimate, below=below, spread=255)
         after = noisy if quiet else to_bytes(denoiser.denoise([noisy])[0] / 255)
-        if not quiet and residual_rms(noisy, after, spread=255) < limits.residual:
+        if not quiet and not coarse and residual_rms(noisy, after, spread=255) < limits.residual:
             quiet, after = True, noisy
         yield {
             "copied": quiet,
@@ -121,6 +124,13 @@ def _images(
             "after": metrics.psnr(after, clean, data_range=255),
             "estimate": estimate,
         }
+
+
+def _through_jpeg(pixels: Array, quality: int) -> DecodedImage:
+    file = io.BytesIO()
+    grey = pixels.shape[2] == 1
+    Image.fromarray(pixels[..., 0] if grey else pixels).save(file, "JPEG", quality=quality)
+    return decode(file.getvalue(), name="picture")
 
 
 def _level(images: list[dict[str, Any]], sigma: float) -> dict[str, Any]:

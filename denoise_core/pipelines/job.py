@@ -21,8 +21,8 @@ Facts = dict[str, Any]
 class Model:
     """A model that a run may use: `name` as `load_checkpoint` takes it; `id`, `hash` for the row.
 
-    An image is copied where its noise is under `copy_below`, in levels, and where what the model
-    would take away has a root mean square under `copy_residual`.
+    An image is copied where its noise is under `copy_below`, in levels, and, if it is no coarse
+    JPEG, where what the model would take away has a root mean square under `copy_residual`.
     """
 
     name: str

@@ -27,7 +27,7 @@ import pyarrow as pa
 import ray
 
 from denoise_core import metrics
-from denoise_core.choice import choose, is_quiet, noise_sigma, residual_rms
+from denoise_core.choice import choose, is_coarse, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, parse_data_range
 from denoise_core.denoiser import Denoiser, Part
 from denoise_core.errors import (
@@ -395,6 +395,7 @@ class Read:
         self._note(facts, image.pixels, low, high, has_alpha=image.alpha is not None)
         facts["size"] = list(image.pixels.shape[:2])
         facts["sigma_in"] = metrics.estimate_sigma(image.pixels, data_range=high - low)
+        facts["coarse"] = is_coarse(image.metadata)
         item.metadata = image.metadata.to_bytes()
         if len(self.job.models) > 1:
             facts["model"] = choose(image.header, image.metadata)
@@ -554,7 +555,7 @@ class Denoise:
         """Whether a whole image is better left alone, by what the model would take away."""
         config, facts = self.job.config, item.facts
         limit = self.job.model(facts).copy_residual * config.strength
-        if not limit or facts["regions"] > 1 or not keeps_format(config):
+        if not limit or facts["regions"] > 1 or facts["coarse"] or not keeps_format(config):
             return False
         low, high = facts["data_range"]
         return residual_rms(item.array("pixels"), values, spread=high - low) < limit
