@@ -27,6 +27,8 @@ noise went through a demosaic, a tone curve and often a JPEG. Of one architectur
 LOSSY = ("jpeg", "webp")
 # Texture adds up to so many levels to the wavelet estimate of the noise.
 TEXTURE_LEVELS = 8.0
+# 12 bits in 16 use a sixteenth of the range.
+DIM_SHARE = 1 / 8
 # Mean step of a JPEG's luma table: 5.8 at quality 95, 11.5 at 90, of the tables in the standard.
 COARSE_STEP = 8.5
 # Side of the squares, in pixels, that are blank or not.
@@ -73,6 +75,12 @@ def _squares(image: Array) -> Array:
     cut = image[: rows * height, : columns * width]
     cut = cut.reshape(rows, height, columns, width, -1).swapaxes(1, 2)
     return cut.reshape(rows * columns, height * width, -1)
+
+
+def is_dim(pixels: Array, low: float, high: float) -> bool:
+    """Whether deep integers use little of their range: what is noise to the eye is none to it."""
+    deep = pixels.dtype.kind in "ui" and pixels.dtype.itemsize > 1
+    return deep and float(pixels.max()) - low < DIM_SHARE * (high - low)
 
 
 def is_coarse(metadata: ImageMetadata) -> bool:

@@ -179,6 +179,11 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
             f"{outcome.unreferenced} without a usable image of the same path and shape under "
             f"{config.reference}: no PSNR for them."
         )
+    if outcome.dim:
+        click.echo(
+            f"{outcome.dim} of the copied use little of their range. If they look noisy, state it: "
+            f"--data-range 0:{(1 << outcome.dim_top.bit_length()) - 1}"
+        )
     if totals.old_failures:
         click.echo(f"{totals.old_failures} failed in earlier runs; --retry-failed does them again.")
     root = config.output.rstrip("/")

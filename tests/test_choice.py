@@ -10,7 +10,15 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from denoise_core.choice import AUTO_MODELS, choose, is_coarse, is_quiet, noise_sigma, residual_rms
+from denoise_core.choice import (
+    AUTO_MODELS,
+    choose,
+    is_coarse,
+    is_dim,
+    is_quiet,
+    noise_sigma,
+    residual_rms,
+)
 from denoise_core.images import decode
 from denoise_core.metrics import estimate_sigma, white_sigma
 
@@ -51,6 +59,14 @@ def test_a_coarse_file_is_told_by_its_tables() -> None:
     assert coarse("webp", quality=95)
     assert not coarse("webp", lossless=True)
     assert not coarse("png")
+
+
+def test_twelve_bits_in_sixteen_are_dim() -> None:
+    pixels = np.array([[[100], [4095]]], np.uint16)
+    assert is_dim(pixels, 0, 65535)
+    assert not is_dim(pixels, 0, 4095)
+    assert not is_dim(pixels.astype(np.float32), 0, 65535)
+    assert not is_dim(np.full((2, 2, 1), 9, np.uint8), 0, 255)
 
 
 def test_texture_is_not_taken_for_noise() -> None:

@@ -464,9 +464,15 @@ def test_an_image_that_the_model_would_hardly_change_is_copied(
     }
     limit = float(np.median(list(taken.values())))
     careful = make_checkpoint(tmp_path / "careful", break_even_residual=limit)
+    # 12 bits in 16: noisy to the eye, and next to nothing of the range.
+    dim = (picture(60, 50, 1, sigma=20) * 2000 + 1000).astype(np.uint16)
+    (source / "dim.png").write_bytes(png_bytes(dim))
     outcome = denoise(source, tmp_path / "out", careful)
-    assert (outcome.totals.ok, outcome.totals.copied) == (2, 2)
-    for name, row in by_name(tmp_path / "out").items():
+    assert (outcome.totals.ok, outcome.totals.copied) == (2, 3)
+    assert (outcome.dim, outcome.dim_top) == (1, int(dim.max()))
+    rows = by_name(tmp_path / "out")
+    assert rows.pop("dim.png")["status"] == "copied"
+    for name, row in rows.items():
         copied = taken[name] < limit
         assert row["status"] == ("copied" if copied else "ok")
         same = source if copied else tmp_path / "all/images"

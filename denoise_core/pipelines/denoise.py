@@ -61,7 +61,10 @@ class Totals:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended. `unreferenced` images have no usable image under --reference."""
+    """How a run ended. `unreferenced` images have no usable image under --reference.
+
+    `dim` images were copied and use little of their range; `dim_top` is the largest value in them.
+    """
 
     run_id: str
     totals: Totals
@@ -70,6 +73,8 @@ class Outcome:
     listed: list[str] = field(default_factory=list)
     worst_failures: list[Facts] = field(default_factory=list)
     unreferenced: int = 0
+    dim: int = 0
+    dim_top: int = 0
 
 
 class Watcher:
@@ -271,7 +276,7 @@ class _Run:
         self.failures: list[Facts] = []
         self.taken: set[str] = set()
         self.partial: dict[str, dict[int, Facts]] = {}
-        self.unreferenced = 0
+        self.unreferenced = self.dim = self.dim_top = 0
         self.started = time.monotonic()
         self.flushed = time.monotonic()
 
@@ -296,6 +301,8 @@ class _Run:
             within,
             worst_failures=self.failures[:5],
             unreferenced=self.unreferenced,
+            dim=self.dim,
+            dim_top=self.dim_top,
         )
 
     def _do(self, shards: list[str]) -> None:
@@ -395,6 +402,8 @@ class _Run:
         height, width = facts["size"]
         totals.megapixels += height * width / 1e6
         self.unreferenced += "reference_problem" in facts
+        self.dim += "dim_top" in facts
+        self.dim_top = max(self.dim_top, facts.get("dim_top", 0))
         if totals.first_image_s is None:
             totals.first_image_s = time.monotonic() - self.started
 

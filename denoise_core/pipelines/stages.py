@@ -27,7 +27,7 @@ import pyarrow as pa
 import ray
 
 from denoise_core import metrics
-from denoise_core.choice import choose, is_coarse, is_quiet, noise_sigma, residual_rms
+from denoise_core.choice import choose, is_coarse, is_dim, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, parse_data_range
 from denoise_core.denoiser import Denoiser, Part
 from denoise_core.errors import (
@@ -601,6 +601,8 @@ class Write:
             data = storage_for(facts["source_uri"], self.job.options).read(facts["source_uri"])
             denoised = noisy = item.array("pixels")
             lost: tuple[str, ...] = ()
+            if is_dim(noisy, *facts["data_range"]):
+                facts["dim_top"] = int(noisy.max())
         else:
             noisy, denoised = item.array("pixels"), item.array("denoised")
             alpha = item.array("alpha") if item.alpha is not None else None
