@@ -28,6 +28,8 @@ from denoise_core.storage.base import (
     Selection,
     Storage,
     StorageOptions,
+    bundle_above,
+    is_bundle,
     path_problem,
     printable,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "StorageOptions",
     "absolute",
     "expand",
+    "is_bundle",
     "join",
     "storage_for",
 ]
@@ -96,6 +99,11 @@ def expand(
     selection = Selection(recursive=recursive, include=tuple(include), exclude=tuple(exclude))
     for text in inputs:
         storage, uri = storage_for(text, options), to_path(text)
+        path = uri.removeprefix("s3://").partition("/")[2] if "://" in uri else uri
+        if top := bundle_above(path.rstrip("/")):
+            raise UsageError(
+                f"INPUT {uri} lies inside {top}, which is one image: name that folder itself"
+            )
         try:
             yield from storage.walk(uri, selection)
             continue
