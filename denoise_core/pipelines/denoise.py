@@ -370,7 +370,7 @@ class _Run:
         if facts["image_id"] in self.taken:
             # Machines that are lost leave some rows to be made twice; the first counts.
             return None
-        if facts["regions"] > 1 and "error_type" not in facts:
+        if facts.get("in_regions") and "error_type" not in facts:
             regions = self.partial.setdefault(facts["image_id"], {})
             regions[facts["region"]] = facts
             if len(regions) < facts["regions"]:
