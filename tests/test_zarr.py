@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import imagecodecs
@@ -19,12 +20,15 @@ from helpers import as_dtype, by_name, denoise, files_below, picture
 from zarr.codecs import BloscCodec, GzipCodec
 
 from denoise_core.assemble import Region, zarr_files
+from denoise_core.config import DenoiseConfig
+from denoise_core.denoiser import Geometry
 from denoise_core.errors import (
     CorruptImage,
     ImageError,
     ImageTooLarge,
     NonFiniteValues,
     NotAnImage,
+    ObjectNotFound,
     UnsupportedImage,
     UsageError,
 )
@@ -40,8 +44,17 @@ from denoise_core.images import (
     read_window,
 )
 from denoise_core.images.zarr import METADATA_FILES
+from denoise_core.pipelines.job import Job
+from denoise_core.pipelines.stages import Expand, publish_image, regions_of
 from denoise_core.report.examples import read_example
-from denoise_core.storage import Entry, LocalStorage, Storage, expand, join, storage_for
+from denoise_core.storage import (
+    Entry,
+    LocalStorage,
+    StorageOptions,
+    expand,
+    join,
+    storage_for,
+)
 from denoise_core.worklist import outputs_present
 
 LOCAL = LocalStorage()
@@ -221,8 +234,10 @@ def test_publish_replaces_a_folder_whole(place: Callable[[Path], str], tmp_path:
         assert content() == new
         assert [each.name for each in (tmp_path / "in/images").iterdir()] == ["a.zarr"]
     else:
-        # No reader takes it for whole, and a rerun does it again.
-        assert not content().keys() & set(METADATA_FILES)
+        with pytest.raises(ObjectNotFound):
+            content()
+        # One that was killed: no reader takes it for whole, and a rerun does it again.
+        storage.write(join(uri, "0/0.0"), b"new")
         assert outputs_present(storage, root) == set()
     with pytest.raises(UsageError, match="relative path"):
         storage.publish(uri, iter([("../x", b"")]), last=METADATA_FILES)
@@ -271,7 +286,7 @@ def test_ome_header_windows_and_metadata(tmp_path: Path, zarr_format: int) -> No
     [
         ("yx", (70, 90), {"zarr_format": 2, "order": "F"}),
         ("tczyx", (2, 2, 3, 70, 90), {"zarr_format": 2, "dtype": ">u2"}),
-        ("xy", (90, 70), {"zarr_format": 3}),
+        ("xy", (90, 70), {"zarr_format": 3, "compressors": BloscCodec(cname="zstd")}),
         ("yxc", (70, 90, 3), {"zarr_format": 3, "chunks": (32, 16, 3)}),
         ("zyx", (3, 70, 90), {"zarr_format": 3, "shards": (3, 64, 32), "compressors": GzipCodec()}),
         ("zyx", (3, 70, 90), {"zarr_format": 2, "filters": "delta"}),
@@ -487,9 +502,12 @@ def stack(height: int = 1100, width: int = 900, *, sigma: float = 20.0) -> np.nd
 
 
 def write_folder(root: Path) -> Path:
-    """A PNG, an OME-Zarr that takes six regions, a small array, a quiet one and a broken one."""
+    """A PNG, an OME-Zarr that takes six regions, a TIFF of its pixels, a small array, a quiet one
+    and a broken one."""
     (root / "sub").mkdir(parents=True)
     write_ome(root / "sub/big.ome.zarr", stack(), axes="cyx", chunks=(1, 200, 256))
+    planes = np.moveaxis(stack(), 0, -1)
+    tifffile.imwrite(root / "big.tif", planes, tile=(256, 256), photometric="rgb")
     small = as_dtype(picture(61, 83, 3, seed=9), "uint8")
     write_array(root / "small.zarr", small, zarr_format=3, chunks=(32, 32, 3), shards=(64, 64, 3))
     write_ome(root / "quiet.zarr", stack(61, 83, sigma=0.0), axes="cyx", zarr_format=3)
@@ -503,51 +521,106 @@ SETTINGS: dict[str, Any] = {"region": 512, "copy_below": "1.5", "max_error_rate"
 
 @pytest.fixture(scope="module")
 def job(ray_session: None, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run with one actor; the folder with `in` and `out`."""
+    """One run with one actor; the folder with `in`, `clean` and `out`."""
     root = tmp_path_factory.mktemp("zarr-job")
     write_folder(root / "in")
-    outcome = denoise(root / "in", root / "out", checkpoint, **SETTINGS)
-    assert (outcome.totals.ok, outcome.totals.copied, outcome.totals.failed) == (3, 1, 1)
+    clean = stack(sigma=0.0)
+    write_ome(root / "clean/sub/big.ome.zarr", clean, axes="cyx", zarr_format=3)
+    more = {"reference": str(root / "clean")}
+    outcome = denoise(root / "in", root / "out", checkpoint, **SETTINGS, **more)
+    assert (outcome.totals.ok, outcome.totals.copied, outcome.totals.failed) == (4, 1, 1)
     return root
 
 
 @pytest.mark.ray
-def test_the_job_writes_zarrs_like_their_sources(
-    job: Path, checkpoint: str, tmp_path: Path
-) -> None:
-    rows = by_name(job / "out")
+def test_the_job_writes_zarrs_like_their_sources(job: Path) -> None:
+    rows, images = by_name(job / "out"), job / "out/images"
     assert rows["bad.zarr"]["error_type"] == "CorruptImage"
     assert "chunk is damaged" in rows["bad.zarr"]["error_message"]
     row = rows["big.ome.zarr"]
     assert (row["status"], row["regions"], row["channels"]) == ("ok", 6, 3)
     assert (row["height"], row["width"], row["metadata_lost"]) == (1100, 900, ["zarr:levels"])
-    assert row["output_uri"] == str(job / "out/images/sub/big.ome.zarr")
+    assert row["output_uri"] == str(images / "sub/big.ome.zarr")
+    assert row["psnr_noisy"] == pytest.approx(22.1, abs=0.5)
+    assert row["psnr"] != row["psnr_noisy"]
     assert rows["small.zarr"]["regions"] == 1
-    names = {name.partition(".zarr/")[0] for name in files_below(job / "out/images")}
-    assert names == {"sub/big.ome", "small", "quiet", "small.png"}
+    names = {name.partition(".zarr/")[0] for name in files_below(images)}
+    assert names == {"sub/big.ome", "big.tif", "small", "quiet", "small.png"}
     assert files_below(job / "out/.denoise/regions") == []
-    images = job / "out/images"
     assert tree(images / "quiet.zarr") == tree(job / "in/quiet.zarr")
     # Other formats of the same pixels come out the same.
-    tifffile.imwrite(tmp_path / "big.tif", np.moveaxis(stack(), 0, -1), tile=(256, 256),
-                     photometric="rgb")  # fmt: skip
-    denoise(tmp_path / "big.tif", tmp_path / "out", checkpoint, **SETTINGS)
-    expected = tifffile.imread(tmp_path / "out/images/big.tif")
     group = zarr.open_group(images / "sub/big.ome.zarr", mode="r")
-    np.testing.assert_array_equal(np.moveaxis(group["0"][...], 0, -1), expected)
-    assert not np.array_equal(expected, np.moveaxis(stack(), 0, -1))
+    made = np.moveaxis(group["0"][...], 0, -1)
+    np.testing.assert_array_equal(made, tifffile.imread(images / "big.tif"))
+    assert not np.array_equal(made, np.moveaxis(stack(), 0, -1))
+    png = decode((images / "small.png").read_bytes(), name="x").pixels
+    np.testing.assert_array_equal(zarr.open_array(images / "small.zarr", mode="r")[...], png)
     before = zarr.open_group(job / "in/sub/big.ome.zarr", mode="r")
     assert group["0"].metadata == before["0"].metadata
     assert group.attrs["omero"] == before.attrs["omero"]
     assert len(group.attrs["multiscales"][0]["datasets"]) == 1
-    png = decode((images / "small.png").read_bytes(), name="x").pixels
-    np.testing.assert_array_equal(zarr.open_array(images / "small.zarr", mode="r")[...], png)
+
+
+@pytest.mark.ray
+def test_the_report_shows_a_crop(job: Path) -> None:
+    example = read_example(by_name(job / "out")["big.ome.zarr"], None)
+    assert example.before.startswith("data:image/"), example.note
+    assert example.crop.startswith("384 × 384")
+    assert "big.ome.zarr" in (job / "out/report.html").read_text()
+
+
+@pytest.mark.ray
+def test_bucket_to_bucket_with_three_actors_makes_the_same_bytes(
+    job: Path, s3_server: S3Server, checkpoint: str
+) -> None:
+    bucket = s3_server.make_bucket()
+    storage = storage_for(bucket)
+    for entry in LOCAL.tree(str(job / "in/sub/big.ome.zarr")):
+        for name in ("a.zarr", "b/B.Zarr"):
+            storage.write(join(bucket, "in", name, entry.path), LOCAL.read(entry.uri))
+    source, out = join(bucket, "in"), join(bucket, "out")
+    outcome = denoise(source, out, checkpoint, **SETTINGS, actors="3")
+    assert outcome.totals.ok == 2
+    local = s3_server.root / bucket.removeprefix("s3://") / "out"
+    for name in ("a.zarr", "b/B.Zarr"):
+        assert tree(local / "images" / name) == tree(job / "out/images/sub/big.ome.zarr")
+    again = denoise(source, out, checkpoint, **SETTINGS)
+    assert (again.totals.to_do, again.totals.skipped) == (0, 2)
+
+
+@pytest.mark.ray
+def test_sigkill_of_everything_and_resume(job: Path, checkpoint: str, tmp_path: Path) -> None:
+    """What is staged is used and not made again: one region is marked to find it in the result."""
+    from test_denoise_faults import kill_everything, start_hooked, wait_until
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(job / "in/sub/big.ome.zarr", source / "slow-big.ome.zarr")
+    flags = ["--model", checkpoint, "--precision", "float32", "--actors", "1", "--region", "512"]
+    process = start_hooked(source, "--output", out, *flags)
+    wait_until(lambda: len(list(out.glob(".denoise/regions/*/*.json"))) >= 2, process)
+    kill_everything(process)
+    assert not (out / "images").exists()
+    staged = sorted(out.glob(".denoise/regions/*/*.json"))
+    assert staged
+    index = int(staged[0].stem)
+    marked = np.load(staged[0].with_suffix(".npy"))
+    np.save(staged[0].with_suffix(".npy"), 65535 - marked)
+    outcome = denoise(source, out, checkpoint, region=512)
+    assert outcome.totals.ok == 1
+    assert by_name(out)["slow-big.ome.zarr"]["regions"] == 6
+    assert files_below(out / ".denoise/regions") == []
+    made = flat(zarr.open_array(out / "images/slow-big.ome.zarr/0", mode="r")[...])
+    expected = flat(zarr.open_array(job / "out/images/sub/big.ome.zarr/0", mode="r")[...])
+    y, x = divmod(index, 2)
+    here = np.s_[y * 512 : y * 512 + marked.shape[0], x * 512 : x * 512 + marked.shape[1]]
+    expected[here] = 65535 - expected[here]
+    np.testing.assert_array_equal(made, expected)
 
 
 @pytest.mark.ray
 def test_an_unchanged_rerun_does_nothing_and_a_change_one_image(job: Path, checkpoint: str) -> None:
     again = denoise(job / "in", job / "out", checkpoint, **SETTINGS, dry_run=True)
-    assert (again.totals.to_do, again.totals.skipped) == (0, 5)
+    assert (again.totals.to_do, again.totals.skipped) == (0, 6)
     for path in (job / "in/small.zarr/zarr.json", job / "in/sub/big.ome.zarr/0/0.0.0"):
         path.touch()
     shutil.rmtree(job / "out/images/quiet.zarr")
@@ -555,88 +628,50 @@ def test_an_unchanged_rerun_does_nothing_and_a_change_one_image(job: Path, check
     assert {Path(uri).name for uri in listed} == {"small.zarr", "big.ome.zarr", "quiet.zarr"}
 
 
-@pytest.mark.ray
-def test_three_actors_and_finished_regions_make_the_same_bytes(
-    job: Path, checkpoint: str, tmp_path: Path
-) -> None:
-    """A run that ends at publishing leaves its regions, which the next one only puts together."""
-    from denoise_core.pipelines.denoise import _Run
-
-    folder, out = job / "in/sub", tmp_path / "out"
-    blocked = out / "images/big.ome.zarr"
-    whole = tree(job / "out/images/sub/big.ome.zarr")
-    with pytest.MonkeyPatch.context() as patch:
-        # As if the driver were killed when the last region is there.
-        patch.setattr(_Run, "_take", lambda *_: None)
-        patch.setattr(_Run, "_sweep", lambda *_: None)
-        denoise(folder, out, checkpoint, **SETTINGS, actors="3")
-    assert not blocked.exists()
-    staged = sorted(out.glob(".denoise/regions/*/*.npy"))
-    assert len(staged) == len(list(out.glob(".denoise/regions/*/*.json"))) == 6
-    stamps = {path: path.stat().st_mtime_ns for path in staged}
-    marked = np.load(staged[0])
-    np.save(staged[0], 65535 - marked)
-    outcome = denoise(folder, out, checkpoint, **SETTINGS, actors="3")
-    assert outcome.totals.ok == 1
-    assert not any(path.exists() for path in stamps)
-    values = zarr.open_array(blocked / "0", mode="r")[...]
-    expected = zarr.open_array(job / "out/images/sub/big.ome.zarr/0", mode="r")[...]
-    height, width = marked.shape[:2]
-    np.testing.assert_array_equal(values[:, :height, :width], 65535 - expected[:, :height, :width])
-    # Overwritten, all six made anew, each time by three actors: the bytes of one.
-    denoise(folder, out, checkpoint, **SETTINGS, actors="3", existing="overwrite")
-    assert tree(blocked) == whole
+def job_of(out: Path, **settings: Any) -> Job:
+    config = DenoiseConfig(inputs=("x",), output=str(out), region=256, **settings)
+    geometry = Geometry(patch=64, halo=16, stride=2)
+    return Job(config, "run", StorageOptions(), geometry, (), "hash")
 
 
-@pytest.mark.ray
-def test_bucket_to_bucket(job: Path, s3_server: S3Server, checkpoint: str) -> None:
-    bucket = s3_server.make_bucket()
-    storage: Storage = storage_for(bucket)
-    for entry in LOCAL.tree(str(job / "in/sub")):
-        storage.write(join(bucket, "in", entry.path), LOCAL.read(entry.uri))
-    outcome = denoise(join(bucket, "in"), join(bucket, "out"), checkpoint, **SETTINGS)
-    assert outcome.totals.ok == 1
-    local = s3_server.root / bucket.removeprefix("s3://") / "out"
-    assert tree(local / "images/big.ome.zarr") == tree(job / "out/images/sub/big.ome.zarr")
-    again = denoise(join(bucket, "in"), join(bucket, "out"), checkpoint, **SETTINGS)
-    assert (again.totals.to_do, again.totals.skipped) == (0, 1)
+def test_regions_become_a_tiff(tmp_path: Path) -> None:
+    """`--format tiff --bit-depth 8`, from what the workers have staged."""
+    path = write_ome(tmp_path / "a.zarr", stack(700, 300), axes="cyx")
+    job = job_of(tmp_path / "out", format="tiff", bit_depth="8")
+    facts = {
+        "image_id": "id", "source_fingerprint": "print", "source_uri": str(path), "path": "a.zarr",
+        "output_uri": str(tmp_path / "out/images/a.zarr.tiff"), "size": [700, 300],
+        "region_size": 256,
+    }  # fmt: skip
+    expected = (flat(stack(700, 300)) >> 8).astype("uint8")
+    for index, region in enumerate(regions_of(job, {**facts, "in_regions": True})):
+        y0, y1, x0, x1 = region.core
+        data = io.BytesIO()
+        np.save(data, expected[y0:y1, x0:x1])
+        LOCAL.write(job.staging(facts, f"{index:06d}.npy"), data.getvalue())
+    assert index > 0
+    lost = publish_image(job, facts)
+    assert lost == ("zarr:levels", "zarr:axes CYX", "zarr:attributes")
+    with tifffile.TiffFile(tmp_path / "out/images/a.zarr.tiff") as file:
+        assert file.is_bigtiff
+        assert file.pages[0].is_tiled
+        np.testing.assert_array_equal(file.asarray(), expected)
+    assert files_below(tmp_path / "out") == ["images/a.zarr.tiff"]
 
 
-@pytest.mark.ray
-def test_reference_tiff_and_depth(job: Path, checkpoint: str, tmp_path: Path) -> None:
-    clean = write_ome(tmp_path / "clean/big.ome.zarr", stack(sigma=0.0), axes="cyx", zarr_format=3)
-    uri = job / "in/sub/big.ome.zarr"
-    settings = {**SETTINGS, "max_error_rate": 1.0, "reference": str(clean.parent)}
-    denoise(uri, tmp_path / "out", checkpoint, **settings, format="tiff", bit_depth="8")
-    row = by_name(tmp_path / "out")["big.ome.zarr"]
-    assert row["status"] == "ok", row["error_message"]
-    assert row["psnr_noisy"] == pytest.approx(22.1, abs=0.5)
-    assert set(row["metadata_lost"]) == {"zarr:levels", "zarr:axes CYX", "zarr:attributes"}
-    made = tifffile.imread(tmp_path / "out/images/big.ome.zarr.tiff")
-    assert (made.shape, made.dtype) == ((1100, 900, 3), np.uint8)
-    denoise(uri, tmp_path / "deep", checkpoint, **settings, bit_depth="8")
-    row = by_name(tmp_path / "deep")["big.ome.zarr"]
-    assert (row["status"], row["error_type"]) == ("failed", "UnsupportedImage")
-    assert "--bit-depth 8" in row["error_message"]
+def test_a_zarr_keeps_its_depth(tmp_path: Path) -> None:
+    header = ImageHeader("zarr", 90, 90, 1, "uint16", windowed=True)
+    for settings in ({}, {"bit_depth": "16"}, {"bit_depth": "8", "format": "tiff"}):
+        Expand(job_of(tmp_path, **settings), None)._refuse_depth(header, name="x")
+    with pytest.raises(UnsupportedImage, match="--bit-depth 8 does not change a Zarr of uint16"):
+        Expand(job_of(tmp_path, bit_depth="8"), None)._refuse_depth(header, name="x")
 
 
-@pytest.mark.ray
-def test_the_report_shows_a_crop(job: Path) -> None:
-    row = by_name(job / "out")["big.ome.zarr"]
-    example = read_example(row, None)
-    assert example.before.startswith("data:image/"), example.note
-    assert example.crop.startswith("384 × 384")
-    assert "big.ome.zarr" in (job / "out/report.html").read_text()
-
-
-def test_deep_stacks_have_smaller_regions() -> None:
-    from denoise_core.config import DenoiseConfig
-    from denoise_core.pipelines.stages import Expand
-
+def test_deep_stacks_have_smaller_regions(tmp_path: Path) -> None:
     config = DenoiseConfig(inputs=("x",), output="y", region=2048)
-    expand_stage = Expand(SimpleNamespace(config=config), None)  # type: ignore[arg-type]
+    stage = Expand(replace(job_of(tmp_path), config=config), None)
     sizes = [
-        expand_stage._region_size(ImageHeader("zarr", 9000, 9000, samples, "uint16", windowed=True))
+        stage._region_size(ImageHeader("zarr", 9000, 9000, samples, "uint16", windowed=True))
         for samples in (1, 4, 5, 16, 64, 5000)
     ]
     assert sizes == [2048, 2048, 1024, 1024, 512, 256]

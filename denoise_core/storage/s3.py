@@ -183,15 +183,23 @@ class S3Storage(Storage):
         for name in sorted(markers, key=rank, reverse=True):
             self.delete(f"{root}/{name}")
         held: dict[str, bytes] = {}
-        with _Puts(self) as puts:
-            for name, data in files:
-                if problem := path_problem(name):
-                    raise UsageError(f"{printable(name)!r} cannot be put below {root}: {problem}")
-                if name.rpartition("/")[2] in last:
-                    held[name] = data
-                else:
-                    puts.add(f"{root}/{name}", data)
-                old.discard(name)
+        try:
+            with _Puts(self) as puts:
+                for name, data in files:
+                    if problem := path_problem(name):
+                        text = f"{printable(name)!r} cannot be put below {root}: {problem}"
+                        raise UsageError(text)
+                    if name.rpartition("/")[2] in last:
+                        held[name] = data
+                    else:
+                        puts.add(f"{root}/{name}", data)
+                    old.discard(name)
+        except BaseException:
+            # What is there is of no use without the rest.
+            with suppress(StorageError):
+                for entry in list(self.tree(root)):
+                    self.delete(entry.uri)
+            raise
         for name in old.difference(markers):
             self.delete(f"{root}/{name}")
         for name in sorted(held, key=rank):
