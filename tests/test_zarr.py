@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -675,3 +678,44 @@ def test_deep_stacks_have_smaller_regions(tmp_path: Path) -> None:
         for samples in (1, 4, 5, 16, 64, 5000)
     ]
     assert sizes == [2048, 2048, 1024, 1024, 512, 256]
+
+
+MEMORY_PROBE = """
+    import io, resource, sys, numpy as np
+    from denoise_core.assemble import Region, zarr_files
+    from denoise_core.images import open_image, read_header, read_metadata, read_window
+    from denoise_core.images.zarr import METADATA_FILES
+    from denoise_core.storage import LocalStorage
+    side, region, source, target = 6144, 1024, *sys.argv[1:]
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    storage = LocalStorage()
+    with open_image(storage, source) as file:
+        read_window(file, y=slice(0, 9), x=slice(0, 9), name="x")
+        header, metadata = read_header(file, name="x"), read_metadata(file, name="x")
+    load = lambda: np.full((region, region, 3), 9, "uint8")
+    regions = [Region(y, x, region, region, load)
+               for y in range(0, side, region) for x in range(0, side, region)]
+    before = peak()
+    storage.publish(target, zarr_files(regions, header=header, metadata=metadata),
+                    last=METADATA_FILES)
+    after = peak()
+    with open_image(storage, target) as file:
+        assert read_window(file, y=slice(500, 1500), x=slice(500, 1500), name="x")[0].min() == 9
+    print(after - before, peak() - before)
+"""
+
+
+def test_memory_is_some_regions(tmp_path: Path) -> None:
+    """113 MB of pixels pass through; one region is 3 MB."""
+    source = tmp_path / "a.zarr"
+    zarr.create_array(source, shape=(3, 6144, 6144), chunks=(1, 256, 256), dtype="uint8",
+                      dimension_names=["c", "y", "x"])  # fmt: skip
+    script = textwrap.dedent(MEMORY_PROBE)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "out/a.zarr")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    writing, reading = map(float, done.stdout.split())
+    assert writing < 40
+    assert reading < 60

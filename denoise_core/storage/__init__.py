@@ -5,6 +5,7 @@ Knows no images. A local URI is a path (`file://` is accepted and percent-decode
 `s3://bucket/key` with the key taken as it is. Storages are plain values: they hold options, never a
 client or a credential, so a pickle of one is safe to keep in Ray's object store. Credentials come
 from the environment, the AWS profile or the instance role, in the process that needs them.
+A folder or prefix whose name ends in `.zarr` is one thing: one entry of a list, `publish`ed whole.
 
     storage = storage_for("s3://photos/2024")
     for entry in storage.list("s3://photos/2024"):

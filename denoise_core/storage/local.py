@@ -349,7 +349,7 @@ def _swap(temp: str, path: str) -> None:
                 raise
             shutil.rmtree(old, ignore_errors=True)
             continue
-        if os.path.isdir(old):
+        if os.path.isdir(old) and not os.path.islink(old):
             shutil.rmtree(old, ignore_errors=True)
         else:
             with suppress(FileNotFoundError):
