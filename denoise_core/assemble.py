@@ -1,10 +1,12 @@
-"""The regions of one large image -> one tiled BigTIFF, streamed.
+"""The regions of one large image -> one tiled BigTIFF or the files of one Zarr, streamed.
 
     regions = [staged_region(path, y0=0, x0=0), ...]       # one .npy file each
     lost = assemble_tiff(regions, path=temporary, header=header, metadata=metadata)
+    storage.publish(uri, zarr_files(regions, header=header, metadata=metadata))
 
-Memory is one row of regions and one row of tiles, however tall the image is. The file appears
-under `path`; publishing it atomically is the caller's (`Storage.upload`).
+Memory is one row of regions and one row of tiles, however tall the image is; for a Zarr, one
+region and chunks of as many pixels. The TIFF appears under `path`; publishing it atomically is the
+caller's (`Storage.upload`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from denoise_core.errors import ImageError
-from denoise_core.images import ImageHeader, ImageMetadata, tiff
+from denoise_core.images import ImageHeader, ImageMetadata, tiff, zarr
 from denoise_core.images import exif as exif_block
 
 TILE = (256, 256)
@@ -95,6 +97,51 @@ def assemble_tiff(
         Path(path).unlink(missing_ok=True)
         raise
     return tuple(dict.fromkeys((*metadata.lost, *lost)))
+
+
+def zarr_files(
+    regions: Iterable[Region], *, header: ImageHeader, metadata: ImageMetadata
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the (name, content) of every file of a Zarr like its source, metadata last.
+
+    Every chunk is made once, so that the same pixels make the same bytes. Raises ImageError when
+    regions are missing or overlap, before anything is yielded.
+    """
+    rows = _rows(list(regions), header)
+    writer = zarr.ZarrWriter(metadata)
+    height, width = _block(rows[0][0], writer.unit, header)
+    dtype = np.dtype(header.dtype)
+    for y in range(0, header.height, height):
+        for x in range(0, header.width, width):
+            shape = (min(height, header.height - y), min(width, header.width - x), header.samples)
+            block = np.empty(shape, dtype)
+            for row in rows:
+                for region in row:
+                    _paste(block, region, y=y, x=x)
+            yield from writer.chunks(block, y0=y, x0=x)
+    yield from writer.metadata_files()
+
+
+def _block(region: Region, unit: tuple[int, int], header: ImageHeader) -> tuple[int, int]:
+    """Height and width in whole chunks, together about as many pixels as a region.
+
+    Where regions are of whole chunks, blocks are regions, and each is loaded once.
+    """
+    height = min(header.height, max(1, region.height // unit[0]) * unit[0])
+    columns = min(region.width, region.height * region.width // height) // unit[1]
+    return max(height, unit[0]), max(1, columns) * unit[1]
+
+
+def _paste(block: Array, region: Region, *, y: int, x: int) -> None:
+    """Copy what a region has of the block whose first pixel is (y, x)."""
+    top, bottom = max(y, region.y0), min(y + block.shape[0], region.y0 + region.height)
+    left, right = max(x, region.x0), min(x + block.shape[1], region.x0 + region.width)
+    if top >= bottom or left >= right:
+        return
+    pixels = _loaded(region, dtype=block.dtype, samples=block.shape[2])
+    block[top - y : bottom - y, left - x : right - x] = pixels[
+        top - region.y0 : bottom - region.y0, left - region.x0 : right - region.x0
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +244,7 @@ def _bands(
     band = np.empty((height, width, samples.stop - samples.start), plan.dtype)
     y = 0
     for row in rows:
-        parts = [_checked(region, plan) for region in row]
+        parts = [_loaded(each, dtype=plan.dtype, samples=plan.samples) for each in row]
         end = y + row[0].height
         while y < end:
             top = y % height
@@ -212,12 +259,12 @@ def _bands(
         del parts
 
 
-def _checked(region: Region, plan: _Plan) -> Array:
+def _loaded(region: Region, *, dtype: np.dtype[Any], samples: int) -> Array:
     pixels = region.load()
-    expected = (region.height, region.width, plan.samples)
-    if pixels.shape != expected or pixels.dtype != plan.dtype:
+    expected = (region.height, region.width, samples)
+    if pixels.shape != expected or pixels.dtype != dtype:
         raise ImageError(
             f"the region at y={region.y0}, x={region.x0} holds {pixels.dtype} {pixels.shape}; "
-            f"expected {plan.dtype} {expected}: denoise that region again"
+            f"expected {dtype} {expected}: denoise that region again"
         )
     return pixels

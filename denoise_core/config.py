@@ -123,7 +123,9 @@ class DenoiseConfig:
     """Settings of `jobs.denoise`."""
 
     inputs: tuple[str, ...] = setting(
-        help="Files, folders, globs or s3://bucket/prefix.", positional=True, metavar="INPUT..."
+        help="Files, .zarr folders, folders, globs or s3://bucket/prefix.",
+        positional=True,
+        metavar="INPUT...",
     )
     output: str = setting(help="Folder or s3://bucket/prefix for images and reports.")
     model: str = setting(
@@ -167,7 +169,7 @@ class DenoiseConfig:
     )
     format: str = setting(
         "preserve",
-        "Output format.",
+        "Output format; a Zarr becomes a Zarr, a TIFF or, where it is small, another.",
         choices=("preserve", "png", "tiff", "jpeg", "webp", "bmp", "npy"),
     )
     bit_depth: str = setting(

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from denoise_core.config import DenoiseConfig
 from denoise_core.errors import DenoiseError, ObjectNotFound, OutputConflict, UsageError
 from denoise_core.images import output_name
+from denoise_core.images.zarr import ROOT_FILES
 from denoise_core.results import Done
-from denoise_core.storage import Entry, Found, Storage, join
+from denoise_core.storage import Entry, Found, Storage, is_bundle, join
 
 SHARD_ROWS = 10_000
 OWN_NAMES = ("images", "reports", ".denoise", "report.html", "run.json", "_SUCCESS")
@@ -188,11 +189,20 @@ def _resolved(folder: str) -> str:
 
 
 def outputs_present(storage: Storage, out: str) -> set[int]:
-    """Return the keys of the files that lie under OUT/images."""
+    """Return the keys of the images that lie under OUT/images, of Zarrs only whole ones."""
     try:
-        return {_key(entry.path) for entry in storage.list(join(out, "images"))}
+        return {
+            _key(entry.path)
+            for entry in storage.list(join(out, "images"))
+            if not is_bundle(entry.path) or _is_whole(storage, entry.uri)
+        }
     except ObjectNotFound:
         return set()
+
+
+def _is_whole(storage: Storage, folder: str) -> bool:
+    # A run killed at publishing on S3 leaves a folder without them.
+    return any(storage.stat(join(folder, name)) for name in ROOT_FILES)
 
 
 def write_shards(

@@ -1,5 +1,7 @@
 """Denoise images in bulk: `python -m jobs.denoise INPUT... --output OUT`.
 
+An INPUT is a file, a folder, a glob or s3://bucket/prefix; a folder called *.zarr is one image.
+
 Exit codes: 0 done within the error budget, 1 the run failed, 2 wrong usage, 3 finished with more
 failed images than --max-error-rate allows.
 """

@@ -1,4 +1,4 @@
-"""Image bytes <-> arrays: read headers, decode, encode, read windows of large TIFFs.
+"""Image bytes <-> arrays: read headers, decode, encode, read windows of large TIFFs and of Zarrs.
 
     image = decode(data, name="a.png")                   # pixels (H, W, C), alpha (H, W) or None
     data, lost = encode(image.pixels, image.alpha, image.metadata)
@@ -10,8 +10,12 @@ importing this package costs NumPy and nothing else.
 
 from denoise_core.images.codecs import (
     FORMATS,
+    Source,
     decode,
     encode,
+    fetch,
+    left_behind,
+    open_image,
     output_name,
     read_header,
     read_metadata,
@@ -32,10 +36,14 @@ __all__ = [
     "DecodedImage",
     "ImageHeader",
     "ImageMetadata",
+    "Source",
     "camera_of",
     "data_range",
     "decode",
     "encode",
+    "fetch",
+    "left_behind",
+    "open_image",
     "output_name",
     "read_header",
     "read_metadata",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
 
 from denoise_core.errors import CorruptImage, NotAnImage, UnsupportedImage, UsageError
-from denoise_core.images import npy, pillow, png, tiff
+from denoise_core.images import npy, pillow, png, tiff, zarr
 from denoise_core.images.types import (
     MAX_PIXELS,
     MAX_WINDOWED_PIXELS,
@@ -23,6 +25,8 @@ from denoise_core.images.types import (
     split_alpha,
 )
 from denoise_core.images.values import BIT_DEPTHS, data_range, rescale, to_dtype
+from denoise_core.images.zarr import ZarrSource
+from denoise_core.storage import Storage, is_bundle
 
 FORMATS = ("png", "tiff", "jpeg", "webp", "bmp", "npy")
 
@@ -55,6 +59,25 @@ FOREIGN = (
 SNIFF_BYTES = 132
 
 
+Source = BinaryIO | ZarrSource
+"""What can be read in windows: a seekable file, or a Zarr folder."""
+
+
+@contextmanager
+def open_image(storage: Storage, uri: str) -> Iterator[Source]:
+    """Open what lies at a URI, a folder where its name ends in '.zarr'."""
+    if is_bundle(uri):
+        yield ZarrSource(storage, uri)
+        return
+    with storage.open(uri) as file:
+        yield file
+
+
+def fetch(storage: Storage, uri: str) -> bytes | ZarrSource:
+    """What `decode` takes: a file's bytes, or a Zarr folder."""
+    return ZarrSource(storage, uri) if is_bundle(uri) else storage.read(uri)
+
+
 def _sniff(head: bytes, *, name: str) -> str:
     if head.startswith(png.SIGNATURE):
         return "png"
@@ -75,7 +98,7 @@ _BMP_HEADER_SIZES = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52
 
 
 def _foreign(head: bytes, *, name: str) -> NotAnImage | UnsupportedImage:
-    expected = "expected PNG, TIFF, JPEG, WebP, BMP or .npy"
+    expected = "expected PNG, TIFF, JPEG, WebP, BMP, .npy or a .zarr folder"
     if not head:
         return NotAnImage(f"{name}: the file is empty; {expected}: copy or download it again")
     for offset, magic, kind in FOREIGN:
@@ -87,16 +110,19 @@ def _foreign(head: bytes, *, name: str) -> NotAnImage | UnsupportedImage:
     )
 
 
-def read_header(
-    source: bytes | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS
-) -> ImageHeader:
+def read_header(source: bytes | Source, *, name: str, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """The header of an image, from its first bytes (TIFF: its directories) alone.
 
-    `source` is the whole file or a seekable file. A TIFF that can be read in windows may have
-    more than `max_pixels`. Raises NotAnImage, CorruptImage, UnsupportedImage, ImageTooLarge.
+    `source` is the whole file, a seekable file or a Zarr folder. A TIFF that can be read in
+    windows and a Zarr may have more than `max_pixels`. Raises NotAnImage, CorruptImage,
+    UnsupportedImage, ImageTooLarge.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
-    header = _read_header(file, name=name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = io.BytesIO(source)
+    if isinstance(source, ZarrSource):
+        header = zarr.read_header(source, name=name)
+    else:
+        header = _read_header(source, name=name)
     limit = max(max_pixels, MAX_WINDOWED_PIXELS) if header.windowed else max_pixels
     return check_size(header, name=name, max_pixels=limit)
 
@@ -117,8 +143,8 @@ def _read_header(file: BinaryIO, *, name: str) -> ImageHeader:
     return npy.read_header(file, name=name)
 
 
-def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Pixels, alpha, header and metadata of a whole file.
+def decode(data: bytes | ZarrSource, *, name: str, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Pixels, alpha, header and metadata of a whole file or Zarr folder.
 
     Pixels are (H, W, C), C-contiguous, in native byte order and not rotated, whatever the EXIF
     orientation says. Raises what `read_header` raises, and NonFiniteValues.
@@ -136,7 +162,11 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> DecodedIm
     return DecodedImage(pixels=pixels, alpha=alpha, header=header, metadata=metadata)
 
 
-def _decode_samples(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, ImageMetadata]:
+def _decode_samples(
+    data: bytes | ZarrSource, header: ImageHeader, *, name: str
+) -> tuple[Array, ImageMetadata]:
+    if isinstance(data, ZarrSource):
+        return zarr.decode(data, name=name)
     if header.format == "png":
         return png.decode(data, header, name=name)
     if header.format == "tiff":
@@ -150,20 +180,25 @@ def _decode_samples(data: bytes, header: ImageHeader, *, name: str) -> tuple[Arr
     return npy.decode(data, header, name=name)
 
 
-def read_metadata(file: BinaryIO, *, name: str) -> ImageMetadata:
-    """Metadata of a windowed TIFF without its pixels, for `assemble.assemble_tiff`."""
+def read_metadata(file: Source, *, name: str) -> ImageMetadata:
+    """Metadata of a windowed TIFF or a Zarr without its pixels, for `assemble`."""
+    if isinstance(file, ZarrSource):
+        return zarr.read_metadata(file, name=name)
     return tiff.read_metadata(file, tiff.read_header(file, name=name), name=name)
 
 
 def read_window(
-    file: BinaryIO, *, y: slice, x: slice, name: str = "image"
+    file: Source, *, y: slice, x: slice, name: str = "image"
 ) -> tuple[Array, Array | None]:
-    """Pixels (h, w, C) and alpha (h, w) of rows `y` and columns `x` of a windowed TIFF.
+    """Pixels (h, w, C) and alpha (h, w) of rows `y` and columns `x` of a windowed TIFF or a Zarr.
 
-    Reads only the tiles, strips or rows that the window touches. The same as a slice of
+    Reads only the tiles, strips, rows or chunks that the window touches. The same as a slice of
     `decode`, with the same errors.
     """
-    samples, header = tiff.read_window(file, y=y, x=x, name=name)
+    if isinstance(file, ZarrSource):
+        samples, header = zarr.read_window(file, y=y, x=x, name=name)
+    else:
+        samples, header = tiff.read_window(file, y=y, x=x, name=name)
     check_finite(samples, name=name)
     return split_alpha(samples, header.has_alpha)
 
@@ -180,6 +215,7 @@ def encode(
 ) -> tuple[bytes, tuple[str, ...]]:
     """The file, and the names of everything of the source that it does not hold.
 
+    A Zarr is not encoded but assembled (`assemble.zarr_files`), or becomes another format here.
     `pixels` (H, W, C) are in the source's units and of its dtype, or floats that are rounded and
     clipped to it. `format` is one of FORMATS or "preserve". `bit_depth` "8", "16" or "32f" moves
     `value_range` (default: `data_range` of the source) to the range of that depth. `compression`:
@@ -196,7 +232,7 @@ def encode(
     else:
         samples = _change_depth(pixels, alpha, dtype, metadata, value_range)
     data, lost = _encode_samples(samples, metadata, target, compression)
-    return data, tuple(dict.fromkeys((*metadata.lost, *_left_behind(metadata, target), *lost)))
+    return data, tuple(dict.fromkeys((*metadata.lost, *left_behind(metadata, target), *lost)))
 
 
 def _check_options(target: str, bit_depth: str, compression: str | None) -> None:
@@ -247,7 +283,7 @@ GENERAL_JPEG = (b"JFIF\0", pillow.EXIF_PREFIX, pillow.XMP_PREFIX, pillow.ICC_PRE
 GENERAL_TIFF = frozenset((tiff.ICC_TAG, tiff.XMP_TAG))
 
 
-def _left_behind(metadata: ImageMetadata, target: str) -> list[str]:
+def left_behind(metadata: ImageMetadata, target: str) -> list[str]:
     """Names of the native metadata that another format has no place for."""
     if metadata.format == target:
         return []
@@ -265,6 +301,8 @@ def _left_behind(metadata: ImageMetadata, target: str) -> list[str]:
         ]
     if metadata.format == "tiff":
         return tiff.tags_left_behind(metadata)
+    if metadata.format == "zarr":
+        return zarr.left_behind(metadata)
     return []
 
 

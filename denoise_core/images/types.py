@@ -22,7 +22,7 @@ MAX_PIXELS = 400_000_000
 """Most pixels of an image that is decoded whole: 400 Mpx of 8-bit RGB are 1.2 GB."""
 
 MAX_WINDOWED_PIXELS = 100_000_000_000
-"""Most pixels of a TIFF that is read in windows; above it the header is taken for a bomb."""
+"""Most pixels of what is read in windows; above it the header is taken for a bomb."""
 
 SUPPORTED_DTYPES = frozenset(
     ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
@@ -35,8 +35,8 @@ class ImageHeader:
 
     `channels` is without alpha. `axes` are tifffile's letters ("YXS", "TCZYX"); every axis but
     Y and X is flattened into the channels. `bits` is the number of used bits of an integer sample
-    (12 for 12-bit data in uint16), 0 for floats. `windowed`: the segments of the TIFF can be read
-    one by one with `read_window`. `tile` is the (height, width) of those segments.
+    (12 for 12-bit data in uint16), 0 for floats. `windowed`: the segments of the TIFF, the chunks
+    of the Zarr can be read one by one with `read_window`. `tile` is their (height, width).
     """
 
     format: str

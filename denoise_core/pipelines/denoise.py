@@ -28,7 +28,15 @@ from denoise_core.errors import ObjectNotFound, UsageError
 from denoise_core.lock import Lock, output_lock
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
-from denoise_core.storage import Storage, StorageOptions, absolute, expand, join, storage_for
+from denoise_core.storage import (
+    Storage,
+    StorageOptions,
+    absolute,
+    expand,
+    is_bundle,
+    join,
+    storage_for,
+)
 
 # A shard of rows is written when this many seconds or rows have gathered.
 FLUSH_S = 1.0
@@ -197,6 +205,8 @@ def _refuse_circular(config: DenoiseConfig) -> None:
                 f"INPUT {uri} lies among the outputs of --output {config.output}: "
                 "name another output."
             )
+        if is_bundle(uri) and f"{config.output}/".startswith(f"{uri.rstrip('/')}/"):
+            raise UsageError(f"--output {config.output} lies inside the image {uri}: name another.")
 
 
 def _refuse_foreign(storage: Storage, out: str) -> None:
@@ -378,7 +388,7 @@ class _Run:
         if facts["image_id"] in self.taken:
             # Machines that are lost leave some rows to be made twice; the first counts.
             return None
-        if facts["regions"] > 1 and "error_type" not in facts:
+        if facts.get("in_regions") and "error_type" not in facts:
             regions = self.partial.setdefault(facts["image_id"], {})
             regions[facts["region"]] = facts
             if len(regions) < facts["regions"]:

@@ -197,7 +197,7 @@ class _ReadShard:
 
 @ray.remote(num_cpus=0.5, max_retries=3)
 def assemble_image(job: Job, facts: Facts) -> Facts:
-    """Stream the staged regions of one image to a tiled TIFF and publish it in one atomic step."""
+    """Stream the staged regions of one image to a TIFF or a Zarr and publish it in one step."""
     facts = _whole(facts)
     try:
         facts["metadata_lost"] = list(publish_image(job, facts))
@@ -207,7 +207,7 @@ def assemble_image(job: Job, facts: Facts) -> Facts:
 
 
 def _whole(facts: Facts) -> Facts:
-    return {**facts, "regions": 1, "region_count": facts["regions"]}
+    return {**facts, "regions": 1, "in_regions": False, "region_count": facts["regions"]}
 
 
 def _error(error: Exception) -> Facts:

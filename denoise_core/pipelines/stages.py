@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import json
+import math
 import shutil
 import signal
 import tempfile
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,7 @@ from denoise_core.errors import (
     RunFailed,
     StorageError,
     StorageUnavailable,
+    UnsupportedImage,
     UsageError,
     WorkerDied,
 )
@@ -44,9 +46,13 @@ from denoise_core.images import (
     DecodedImage,
     ImageHeader,
     ImageMetadata,
+    Source,
     data_range,
     decode,
     encode,
+    fetch,
+    left_behind,
+    open_image,
     read_header,
     read_metadata,
     read_window,
@@ -54,6 +60,7 @@ from denoise_core.images import (
     to_dtype,
 )
 from denoise_core.images.values import BIT_DEPTHS, UNIT_SHARE
+from denoise_core.images.zarr import METADATA_FILES
 from denoise_core.pipelines.cluster import Place, cause_of_death
 from denoise_core.pipelines.job import (
     Facts,
@@ -62,7 +69,7 @@ from denoise_core.pipelines.job import (
     now,
     reference_figures,
 )
-from denoise_core.storage import Storage, join, storage_for
+from denoise_core.storage import Storage, is_bundle, join, storage_for
 from denoise_core.tiling import Region
 
 Array = np.ndarray
@@ -72,6 +79,8 @@ TABLE_SCHEMA = pa.schema([("facts", pa.string()), *((name, pa.large_binary()) fo
 
 # A TIFF below this many pixels is one region even where its tiles could be read one by one.
 REGION_FROM_PIXELS = 36_000_000
+# Regions are multiples of this many pixels a side.
+MIN_REGION = 256
 # Pixels that the actor holds as floats at a time, beyond those of one region.
 GROUP_PIXELS = 8_000_000
 # A large image's noise is estimated on so many windows of so many pixels a side.
@@ -259,7 +268,10 @@ class Guard:
 
 
 class Expand:
-    """Work list row -> one item for each region. Opens headers of TIFFs, of nothing else."""
+    """Work list row -> one item for each region. Opens headers of TIFFs and Zarrs, of nothing else.
+
+    The items of an image that is written in pieces have `in_regions` set; a Zarr always is.
+    """
 
     def __init__(self, job: Job, ledger: Any) -> None:
         self.job, self.guard = job, Guard(job, "read", ledger)
@@ -278,27 +290,33 @@ class Expand:
             yield from map(to_table, items)
 
     def _may_be_large(self, facts: Facts) -> bool:
-        # Only a TIFF can be written in pieces.
+        # Only a TIFF and a Zarr can be written in pieces.
         kept = self.job.config.format in ("preserve", "tiff")
-        return kept and facts["path"].lower().endswith((".tif", ".tiff"))
+        path = facts["path"].lower()
+        return kept and (path.endswith((".tif", ".tiff")) or is_bundle(path))
 
     def _regions(self, item: Item) -> list[Item]:
         facts = item.facts
         storage = storage_for(facts["source_uri"], self.job.options)
-        with storage.open(facts["source_uri"]) as file:
+        with open_image(storage, facts["source_uri"]) as file:
             try:
                 header = read_header(file, name=facts["path"], max_pixels=1 << 62)
             except ImageError:
                 # The read stage meets the same error and has the whole file to explain it.
                 return [item]
-            pixels = header.height * header.width
-            if not header.windowed or header.format != "tiff" or pixels < REGION_FROM_PIXELS:
+            size = self._region_size(header)
+            if size is None:
                 return [item]
-            size = self.job.config.region
             regions = self.job.geometry.regions(header.height, header.width, region=size)
-            if len(regions) == 1:
+            if len(regions) == 1 and header.format != "zarr":
                 return [item]
-            facts |= {"regions": len(regions), "size": [header.height, header.width]}
+            self._refuse_depth(header, name=facts["path"])
+            facts |= {
+                "regions": len(regions),
+                "in_regions": True,
+                "region_size": size,
+                "size": [header.height, header.width],
+            }
             facts["data_range"] = list(
                 parse_data_range(self.job.config.data_range)
                 or self._range(file, header, regions, name=facts["path"])
@@ -309,8 +327,27 @@ class Expand:
                 return [item]
         return [Item({**facts, "region": index}) for index in range(len(regions))]
 
+    def _region_size(self, header: ImageHeader) -> int | None:
+        """Side of this image's regions; None where it is read whole."""
+        size = self.job.config.region
+        if header.format == "zarr":
+            # Stacks are deep: of more than four samples every four count as one pixel.
+            deep = math.isqrt(max(0, -(-header.samples // 4) - 1)) + 1
+            return max(MIN_REGION, size // deep // MIN_REGION * MIN_REGION)
+        large = header.height * header.width >= REGION_FROM_PIXELS
+        return size if header.windowed and header.format == "tiff" and large else None
+
+    def _refuse_depth(self, header: ImageHeader, *, name: str) -> None:
+        config = self.job.config
+        kept = output_dtype(self.job, header.dtype) == header.dtype
+        if header.format == "zarr" and config.format == "preserve" and not kept:
+            raise UnsupportedImage(
+                f"{name}: --bit-depth {config.bit_depth} does not change a Zarr of {header.dtype}; "
+                "use --format tiff with it, or --bit-depth preserve"
+            )
+
     def _is_quiet(
-        self, file: BinaryIO, header: ImageHeader, regions: list[Region], facts: Facts
+        self, file: Source, header: ImageHeader, regions: list[Region], facts: Facts
     ) -> bool:
         """Decide by samples whether the image is copied whole; if so, note what there is to say."""
         low, high = facts["data_range"]
@@ -321,6 +358,7 @@ class Expand:
             return False
         facts |= {
             "regions": 1,
+            "in_regions": False,
             "region_count": len(regions),
             "copied": True,
             "streamed": True,
@@ -333,14 +371,14 @@ class Expand:
 
     @staticmethod
     def _range(
-        file: BinaryIO, header: ImageHeader, regions: list[Region], *, name: str
+        file: Source, header: ImageHeader, regions: list[Region], *, name: str
     ) -> tuple[float, float]:
         if np.dtype(header.dtype).kind == "f":
             return float_range(file, regions, name=name)
         return data_range(header.dtype, bits=header.bits)
 
 
-def float_range(file: BinaryIO, regions: list[Region], *, name: str) -> tuple[float, float]:
+def float_range(file: Source, regions: list[Region], *, name: str) -> tuple[float, float]:
     """Return `data_range` of a whole float image that is read region by region."""
     inside, size, low, high = 0, 0, np.inf, -np.inf
     for region in regions:
@@ -354,7 +392,7 @@ def float_range(file: BinaryIO, regions: list[Region], *, name: str) -> tuple[fl
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def sample_windows(file: BinaryIO, regions: list[Region], *, name: str) -> Iterator[Array]:
+def sample_windows(file: Source, regions: list[Region], *, name: str) -> Iterator[Array]:
     """Yield (h, w, C) pixels from the middle of evenly spread regions of a large image."""
     for index in sorted({round(i) for i in np.linspace(0, len(regions) - 1, SAMPLES)}):
         y0, y1, x0, x1 = regions[index].core
@@ -384,10 +422,10 @@ class Read:
         storage = storage_for(facts["source_uri"], self.job.options)
         if facts.get("streamed"):
             return
-        if facts["regions"] > 1:
+        if facts.get("in_regions"):
             self._read_region(item, storage)
             return
-        data = storage.read(facts["source_uri"])
+        data = fetch(storage, facts["source_uri"])
         image = decode(data, name=facts["path"], max_pixels=self.job.config.max_pixels)
         low, high = parse_data_range(self.job.config.data_range) or data_range(
             image.pixels, bits=image.header.bits
@@ -423,7 +461,7 @@ class Read:
         height, width = facts["size"]
         region = region_of(self.job, facts)
         y0, y1, x0, x1 = region.window(height, width)
-        with storage.open(facts["source_uri"]) as file:
+        with open_image(storage, facts["source_uri"]) as file:
             pixels, alpha = read_window(file, y=slice(y0, y1), x=slice(x0, x1), name=facts["path"])
         low, high = facts["data_range"]
         self._note(facts, pixels, low, high, has_alpha=alpha is not None)
@@ -447,8 +485,13 @@ def keeps_format(config: DenoiseConfig) -> bool:
 
 def region_of(job: Job, facts: Facts) -> Region:
     """Return the region that an item stands for."""
-    size = job.config.region if facts["regions"] > 1 else None
-    return job.geometry.regions(*facts["size"], region=size)[facts["region"]]
+    return regions_of(job, facts)[facts["region"]]
+
+
+def regions_of(job: Job, facts: Facts) -> list[Region]:
+    """Return the regions that an image is cut to; one where it is read whole."""
+    size = facts["region_size"] if facts.get("in_regions") else None
+    return job.geometry.regions(*facts["size"], region=size)
 
 
 def groups(items: list[Item]) -> Iterator[list[Item]]:
@@ -555,7 +598,7 @@ class Denoise:
         """Whether a whole image is better left alone, by what the model would take away."""
         config, facts = self.job.config, item.facts
         limit = self.job.model(facts).copy_residual * config.strength
-        if not limit or facts["regions"] > 1 or facts["coarse"] or not keeps_format(config):
+        if facts.get("in_regions") or not limit or facts["coarse"] or not keeps_format(config):
             return False
         low, high = facts["data_range"]
         return residual_rms(item.array("pixels"), values, spread=high - low) < limit
@@ -591,7 +634,7 @@ class Write:
 
     def _write(self, item: Item) -> None:
         facts = item.facts
-        if facts["regions"] > 1:
+        if facts.get("in_regions"):
             self._stage_region(item)
             return
         if facts.get("streamed"):
@@ -652,7 +695,8 @@ class Write:
         uri = join(root, facts["path"])
         storage = storage_for(root, self.job.options)
         try:
-            reference = decode(storage.read(uri), name=uri, max_pixels=self.job.config.max_pixels)
+            most = self.job.config.max_pixels
+            reference = decode(fetch(storage, uri), name=uri, max_pixels=most)
         except (ImageError, StorageError) as error:
             return {"reference_problem": str(error)}
         if reference.pixels.shape != denoised.shape:
@@ -672,12 +716,12 @@ class Write:
             return {}
         uri = join(root, facts["path"])
         try:
-            with storage_for(root, self.job.options).open(uri) as file:
+            with open_image(storage_for(root, self.job.options), uri) as file:
                 header = read_header(file, name=uri, max_pixels=1 << 62)
                 if not header.windowed or np.dtype(header.dtype) != denoised.dtype:
                     return {
                         "reference_problem": f"{uri}: {header.dtype} {header.format}; that "
-                        f"of a large image has to be a TIFF of {denoised.dtype} in tiles or strips"
+                        f"of a large image has to be a Zarr or a tiled TIFF of {denoised.dtype}"
                     }
                 shape = [header.height, header.width, header.channels]
                 if shape != [*facts["size"], denoised.shape[2]]:
@@ -695,11 +739,11 @@ class Write:
         return {"reference_uri": uri, "after": asdict(after), "before": asdict(before)}
 
     def _copy_streamed(self, facts: Facts) -> None:
-        """Copy a large quiet image by way of a temporary file."""
+        """Copy a large quiet image."""
         source = storage_for(facts["source_uri"], self.job.options)
         config, sums = self.job.config, []
-        regions = self.job.geometry.regions(*facts["size"], region=config.region)
-        with source.open(facts["source_uri"]) as file:
+        regions = regions_of(self.job, {**facts, "in_regions": True})
+        with open_image(source, facts["source_uri"]) as file:
             for region in regions if config.reference is not None else ():
                 y0, y1, x0, x1 = region.core
                 core = slice(y0, y1), slice(x0, x1)
@@ -707,13 +751,10 @@ class Write:
                 sums.append(self._region_against_reference(facts, core, pixels, pixels))
                 if "reference_problem" in sums[-1]:
                     break
-            file.seek(0)
-            with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
-                path = Path(folder) / "image.tif"
-                with path.open("wb") as copy:
-                    shutil.copyfileobj(file, copy, 1 << 24)
-                with no_fault_of_an_image():
-                    self.output.upload(path, facts["output_uri"])
+        if is_bundle(facts["source_uri"]):
+            copy_folder(source, facts["source_uri"], self.output, facts["output_uri"])
+        else:
+            copy_file(source, facts["source_uri"], self.output, facts["output_uri"])
         if sums:
             facts |= merge_reference(sums)
         facts |= {
@@ -783,17 +824,41 @@ def write_output(storage: Storage, uri: str, data: Any) -> None:
         storage.write(uri, data)
 
 
+def copy_file(source: Storage, uri: str, output: Storage, target: str) -> None:
+    """Copy a file of any size by way of a temporary one."""
+    with source.open(uri) as file, tempfile.TemporaryDirectory(prefix="denoise-") as folder:
+        path = Path(folder) / "image.tif"
+        with path.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 24)
+        with no_fault_of_an_image():
+            output.upload(path, target)
+
+
+def copy_folder(source: Storage, uri: str, output: Storage, target: str) -> None:
+    """Copy a Zarr, file by file; it appears whole. Raises ImageError where the source fails."""
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        try:
+            for entry in source.tree(uri):
+                yield entry.path, source.read(entry.uri)
+        except StorageError as error:
+            raise ImageError(f"{error} (of the folder {uri})") from error
+
+    with no_fault_of_an_image():
+        output.publish(target, files(), last=METADATA_FILES)
+
+
 def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
-    """Assemble an image's staged regions to one TIFF, publish it, drop the regions.
+    """Assemble an image's staged regions to one TIFF or Zarr, publish it, drop the regions.
 
     Memory is bounded by one row of regions. Returns the names of what metadata was lost.
     """
     from denoise_core.assemble import Region as Piece
-    from denoise_core.assemble import assemble_tiff
+    from denoise_core.assemble import assemble_tiff, zarr_files
 
     source = storage_for(facts["source_uri"], job.options)
     output = storage_for(job.config.output, job.options)
-    with source.open(facts["source_uri"]) as file:
+    with open_image(source, facts["source_uri"]) as file:
         header = read_header(file, name=facts["path"], max_pixels=1 << 62)
         metadata = read_metadata(file, name=facts["path"])
 
@@ -802,23 +867,30 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
 
     staged = []
     pieces = []
-    for index, region in enumerate(job.geometry.regions(*facts["size"], region=job.config.region)):
+    for index, region in enumerate(regions_of(job, {**facts, "in_regions": True})):
         y0, y1, x0, x1 = region.core
         uri = job.staging(facts, f"{index:06d}.npy")
         staged += [uri, uri.replace(".npy", ".json")]
         pieces.append(Piece(y0, x0, y1 - y0, x1 - x0, partial(load, uri)))
-    with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
-        path = Path(folder) / "image.tif"
-        lost = assemble_tiff(
-            pieces,
-            path=path,
-            header=header,
-            metadata=metadata,
-            dtype=output_dtype(job, header.dtype).name,
-            compression=job.config.compression,
-        )
+    if (metadata.format, job.config.format) == ("zarr", "preserve"):
+        lost = metadata.lost
+        files = zarr_files(pieces, header=header, metadata=metadata)
         with no_fault_of_an_image():
-            output.upload(path, facts["output_uri"])
+            output.publish(facts["output_uri"], files, last=METADATA_FILES)
+    else:
+        with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
+            path = Path(folder) / "image.tif"
+            lost = assemble_tiff(
+                pieces,
+                path=path,
+                header=header,
+                metadata=metadata,
+                dtype=output_dtype(job, header.dtype).name,
+                compression=job.config.compression,
+            )
+            lost = tuple(dict.fromkeys((*lost, *left_behind(metadata, "tiff"))))
+            with no_fault_of_an_image():
+                output.upload(path, facts["output_uri"])
     for uri in staged:
         output.delete(uri)
     return lost

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from denoise_core.errors import DenoiseError, ObjectNotFound
 from denoise_core.report.rows import OK, Floats, Survey
 from denoise_core.report.summary import derived
-from denoise_core.storage import StorageOptions, storage_for
+from denoise_core.storage import StorageOptions, is_bundle, storage_for
 
 CROP = 384
 """Side of an example in pixels: three of them side by side fill the page at 1:1."""
@@ -88,7 +88,9 @@ def _cut_example(row: dict[str, Any], options: StorageOptions | None) -> Example
     if not source or not output:
         return Example(row, note="No preview: the row names no input or no output.")
     pixels = (row["height"] or 0) * (row["width"] or 0)
-    if pixels > WHOLE_PIXELS:
+    crops: _Crops | None
+    # A Zarr may be deep, however few its pixels are.
+    if pixels > WHOLE_PIXELS or (is_bundle(source) and is_bundle(output)):
         crops = _window_crops(source, output, options)
     elif pixels > SEARCH_PIXELS:
         crops = _centre_crops(source, output, options)
@@ -115,7 +117,7 @@ _Crops = tuple[Image, Image, tuple[int, int]]
 def _decode(uri: str, options: StorageOptions | None) -> Image:
     from denoise_core import images
 
-    return images.decode(storage_for(uri, options).read(uri), name=uri).pixels
+    return images.decode(images.fetch(storage_for(uri, options), uri), name=uri).pixels
 
 
 def _same_size(before: tuple[int, ...], after: tuple[int, ...]) -> None:
@@ -151,12 +153,11 @@ def _window_crops(source: str, output: str, options: StorageOptions | None) -> _
 
     crops, shapes = [], []
     for uri in (source, output):
-        with storage_for(uri, options).open(uri) as file:
+        with images.open_image(storage_for(uri, options), uri) as file:
             header = images.read_header(file, name=uri, max_pixels=10**12)
             if not header.windowed:
                 return None
             y, x = _centre((header.height, header.width))
-            file.seek(0)
             rows, columns = slice(y, y + CROP), slice(x, x + CROP)
             pixels, _ = images.read_window(file, y=rows, x=columns, name=uri)
             shapes.append((header.height, header.width))

@@ -5,6 +5,7 @@ Knows no images. A local URI is a path (`file://` is accepted and percent-decode
 `s3://bucket/key` with the key taken as it is. Storages are plain values: they hold options, never a
 client or a credential, so a pickle of one is safe to keep in Ray's object store. Credentials come
 from the environment, the AWS profile or the instance role, in the process that needs them.
+A folder or prefix whose name ends in `.zarr` is one thing: one entry of a list, `publish`ed whole.
 
     storage = storage_for("s3://photos/2024")
     for entry in storage.list("s3://photos/2024"):
@@ -28,6 +29,8 @@ from denoise_core.storage.base import (
     Selection,
     Storage,
     StorageOptions,
+    bundle_above,
+    is_bundle,
     path_problem,
     printable,
 )
@@ -44,6 +47,7 @@ __all__ = [
     "StorageOptions",
     "absolute",
     "expand",
+    "is_bundle",
     "join",
     "storage_for",
 ]
@@ -96,6 +100,11 @@ def expand(
     selection = Selection(recursive=recursive, include=tuple(include), exclude=tuple(exclude))
     for text in inputs:
         storage, uri = storage_for(text, options), to_path(text)
+        path = uri.removeprefix("s3://").partition("/")[2] if "://" in uri else uri
+        if top := bundle_above(path.rstrip("/")):
+            raise UsageError(
+                f"INPUT {uri} lies inside {top}, which is one image: name that folder itself"
+            )
         try:
             yield from storage.walk(uri, selection)
             continue

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import BinaryIO
@@ -15,13 +16,20 @@ from denoise_core.errors import StorageError, UsageError
 
 MAGIC = re.compile(r"[*?\[]")
 _BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+BUNDLE_SUFFIX = ".zarr"
+"""A folder whose name ends so, in any case, is one thing: listed, skipped and published whole."""
+_BUNDLE = re.compile(r"(?:^|/)[^/]+\.zarr(?=/)", re.IGNORECASE)
 _BAD_PART = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One file or object: its URI, its '/'-separated path below the listed root (for a single file
-    its name), its size in bytes and its stamp (S3: the etag; local: the mtime in nanoseconds)."""
+    its name), its size in bytes and its stamp (S3: the etag; local: the mtime in nanoseconds).
+
+    Of a bundle, a folder that is one thing: the sum of its files' sizes, and a hash of their names,
+    sizes and stamps.
+    """
 
     uri: str
     path: str
@@ -32,6 +40,27 @@ class Entry:
     def fingerprint(self) -> str:
         """Changes whenever the content does, as far as that shows without reading it."""
         return f"{self.size}-{self.stamp}"
+
+
+@dataclass(slots=True)
+class Bundle:
+    """Adds up the files of a bundle, in any order, in a few bytes of memory."""
+
+    files: int = 0
+    size: int = 0
+    digest: int = 0
+
+    def add(self, entry: Entry) -> None:
+        """Take one file; its `path` is relative to the bundle."""
+        text = f"{entry.path}\0{entry.fingerprint}".encode("utf-8", "surrogateescape")
+        self.files += 1
+        self.size += entry.size
+        # A sum does not depend on the order, so that millions of chunks need no sorting.
+        self.digest += int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
+
+    def entry(self, uri: str, path: str) -> Entry:
+        """Describe the bundle as if it were a file."""
+        return Entry(uri, path, self.size, f"{self.digest % (1 << 128):032x}")
 
 
 Found = Entry | tuple[str, StorageError]  # the tuple: what cannot be listed, and why
@@ -110,7 +139,8 @@ class Storage(ABC):
     def walk(self, root: str, selection: Selection) -> Iterator[Found]:
         """Stream the wanted files below a folder, or the one file that `root` is, in no set order.
 
-        Files and folders below the root whose name begins with '.' are skipped. What exists but
+        Files and folders below the root whose name begins with '.' are skipped. A folder whose
+        name ends in '.zarr' is one entry, hidden files counted, the root as well. What exists but
         cannot be listed comes as a tuple; a missing root raises `ObjectNotFound`.
         """
 
@@ -120,6 +150,13 @@ class Storage(ABC):
             if not isinstance(found, Entry):
                 raise found[1]
             yield found
+
+    @abstractmethod
+    def tree(self, root: str) -> Iterator[Entry]:
+        """Stream every file below a folder, hidden ones and those of bundles too.
+
+        Raises what cannot be listed; nothing at all there is `ObjectNotFound`.
+        """
 
     @abstractmethod
     def stat(self, uri: str) -> Entry | None:
@@ -147,6 +184,17 @@ class Storage(ABC):
         with the published one: delete it, do not change it."""
 
     @abstractmethod
+    def publish(
+        self, uri: str, files: Iterable[tuple[str, bytes]], *, last: Sequence[str] = ()
+    ) -> None:
+        """Publish a folder of (relative path, content) in one step, replacing what was there.
+
+        Nothing is seen under `uri` before all of `files` is written. Where a backend has no such
+        step, files whose name is in `last` make it: they are deleted first and written last, the
+        deepest folder's before the root's, and in the order of `last`.
+        """
+
+    @abstractmethod
     def create(self, uri: str, data: bytes) -> bool:
         """Publish bytes only where nothing is yet; False if something is. Of several creators at
         one time one gets True, if their bytes differ: put an id in."""
@@ -166,6 +214,18 @@ def _matches_any(path: str, patterns: Sequence[str]) -> bool:
 def _with_lower_suffix(path: str) -> str:
     stem, dot, suffix = path.rpartition(".")
     return f"{stem}{dot}{suffix.lower()}" if dot else path
+
+
+def is_bundle(path: str) -> bool:
+    """Whether a folder of this name, path or URI is one thing."""
+    name = path.rstrip("/").rpartition("/")[2]
+    return name.lower().endswith(BUNDLE_SUFFIX) and len(name) > len(BUNDLE_SUFFIX)
+
+
+def bundle_above(path: str) -> str | None:
+    """Return the bundle that a path lies in, the outermost one; None where it lies in none."""
+    found = _BUNDLE.search(path)
+    return path[: found.end()] if found else None
 
 
 def is_hidden(path: str) -> bool:

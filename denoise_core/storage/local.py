@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -20,7 +21,16 @@ from denoise_core.errors import (
     StorageUnavailable,
     UsageError,
 )
-from denoise_core.storage.base import Entry, Found, Selection, Storage, path_problem, printable
+from denoise_core.storage.base import (
+    Bundle,
+    Entry,
+    Found,
+    Selection,
+    Storage,
+    is_bundle,
+    path_problem,
+    printable,
+)
 
 _COPY = 1 << 20  # bytes held while a large file is copied
 
@@ -49,12 +59,28 @@ class LocalStorage(Storage):
         root = os.path.abspath(to_path(root))
         with os_errors(root):
             info = os.stat(root)
-        if stat.S_ISDIR(info.st_mode):
+        name = os.path.basename(root)
+        if stat.S_ISDIR(info.st_mode) and is_bundle(name) and not selection.pattern:
+            if selection.takes(name):
+                yield _bundle(root, name)
+        elif stat.S_ISDIR(info.st_mode):
             yield from _walk_folder(root, selection)
         elif not stat.S_ISREG(info.st_mode):
             raise StorageError(f"{root}: is a pipe, socket or device; expected a file or a folder")
-        elif selection.takes(name := os.path.basename(root)):
+        elif selection.takes(name):
             yield _local_entry(root, name, info)
+
+    def tree(self, root: str) -> Iterator[Entry]:
+        """See `Storage.tree`."""
+        root = os.path.abspath(to_path(root))
+        nothing = True
+        for found in _walk_folder(root, Selection(), whole=True):
+            if not isinstance(found, Entry):
+                raise found[1]
+            nothing = False
+            yield found
+        if nothing:
+            raise ObjectNotFound(f"{root}: there is no file in this folder")
 
     def stat(self, uri: str) -> Entry | None:
         """See `Storage.stat`."""
@@ -103,6 +129,28 @@ class LocalStorage(Storage):
                 # Temporary files are 0600; the folder's mode knows the umask.
                 os.chmod(temp, os.stat(os.path.dirname(temp)).st_mode & 0o666)
                 os.replace(temp, path)
+
+    def publish(
+        self, uri: str, files: Iterable[tuple[str, bytes]], *, last: Sequence[str] = ()
+    ) -> None:
+        """See `Storage.publish`: a hidden folder beside it, filled, then renamed.
+
+        A process that is killed may leave a hidden folder, which the next `publish` of the same
+        URI removes.
+        """
+        path = os.path.abspath(to_path(uri))
+        # Two at a time, a lost machine's and its successor's, never share a folder.
+        mark = f".tmp-{hashlib.sha256(os.path.basename(path).encode()).hexdigest()[:16]}-"
+        with os_errors(uri):
+            temp = os.path.join(_cleaned(os.path.dirname(path), mark), mark + uuid.uuid4().hex)
+            try:
+                os.mkdir(temp)
+                for name, data in files:
+                    _fill(temp, name, data)
+                _swap(temp, path)
+            except BaseException:
+                shutil.rmtree(temp, ignore_errors=True)
+                raise
 
     def create(self, uri: str, data: bytes) -> bool:
         """See `Storage.create`: link(2) refuses a name that is taken, also on NFS."""
@@ -154,8 +202,11 @@ def _local_entry(uri: str, path: str, info: os.stat_result) -> Entry:
     return Entry(uri, path, info.st_size, str(info.st_mtime_ns))
 
 
-def _walk_folder(root: str, selection: Selection) -> Iterator[Found]:
-    """Depth first, without recursion and without sorting: memory grows with folders, not files."""
+def _walk_folder(root: str, selection: Selection, *, whole: bool = False) -> Iterator[Found]:
+    """Depth first, without recursion and without sorting: memory grows with folders, not files.
+
+    `whole`: hidden files too, and those of bundles one by one.
+    """
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         below, above = pending.pop()
@@ -168,10 +219,13 @@ def _walk_folder(root: str, selection: Selection) -> Iterator[Found]:
             with os.scandir(here) as items:
                 for item in items:
                     path = f"{below}/{item.name}" if below else item.name
-                    if item.name.startswith("."):
+                    if item.name.startswith(".") and not whole:
                         continue
                     if _is_folder(item):
-                        if selection.enters(path):
+                        if is_bundle(path) and not whole:
+                            if selection.takes(path):
+                                yield _bundle(item.path, path)
+                        elif selection.enters(path):
                             pending.append((path, above))
                     elif selection.takes(path):
                         yield _look_at(item, path)
@@ -179,6 +233,22 @@ def _walk_folder(root: str, selection: Selection) -> Iterator[Found]:
             if not below:
                 raise _explain_os(error, here) from None
             yield printable(here), _explain_os(error, here)
+
+
+def _bundle(folder: str, path: str) -> Found:
+    """The one entry of a bundle; a part of it that cannot be listed spoils all of it."""
+    uri = printable(folder)
+    if problem := path_problem(path):
+        return uri, StorageError(f"{uri}: {problem}")
+    bundle = Bundle()
+    try:
+        for found in _walk_folder(folder, Selection(), whole=True):
+            if not isinstance(found, Entry):
+                return uri, found[1]
+            bundle.add(found)
+    except StorageError as error:
+        return uri, error
+    return bundle.entry(folder, path)
 
 
 def _is_folder(item: os.DirEntry[str]) -> bool:
@@ -241,6 +311,51 @@ def _new_file(temp: str) -> BinaryIO:
     except (OSError, AttributeError):  # NFS and some others cannot; macOS has no such flag
         number = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     return os.fdopen(number, "wb")
+
+
+def _cleaned(folder: str, mark: str) -> str:
+    """Make a folder and remove what killed processes left in it under this mark."""
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        if name.startswith(mark):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    return folder
+
+
+def _fill(folder: str, name: str, data: bytes) -> None:
+    """Put one new file, safe on the disk, into a folder that nobody sees yet."""
+    if problem := path_problem(name):
+        raise UsageError(f"{printable(name)!r} cannot be put below {folder}: {problem}")
+    path = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(temp: str, path: str) -> None:
+    """Put the folder `temp` in the place of what is at `path`, then delete that."""
+    for _ in range(10):  # another process may publish the same at the same time
+        old = f"{temp}-old"
+        with suppress(FileNotFoundError):
+            os.rename(path, old)
+        try:
+            os.rename(temp, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                with suppress(OSError):
+                    os.rename(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+            continue
+        if os.path.isdir(old) and not os.path.islink(old):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(old)
+        return
+    raise StorageUnavailable(f"{path}: is replaced by others all the time; run again")
 
 
 def _create_exclusively(path: str, data: bytes) -> bool:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import logging
 import mimetypes
 import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -28,12 +30,15 @@ from denoise_core.errors import (
 )
 from denoise_core.storage.base import (
     MAGIC,
+    Bundle,
     Entry,
     Found,
     Selection,
     Storage,
     StorageOptions,
+    bundle_above,
     check_endpoint,
+    is_bundle,
     is_hidden,
     path_problem,
     printable,
@@ -42,6 +47,7 @@ from denoise_core.storage.local import os_errors
 
 BLOCK = 1 << 20  # bytes of one cached piece of an open object: about what 10 ms can carry
 CACHED_BLOCKS = 16  # per open object
+PUTS_AT_ONCE = 8  # of the files of one folder that is published
 SETTLE_S = 1.0  # longer than another creator needs from its stat to its put
 
 
@@ -92,15 +98,21 @@ class S3Storage(Storage):
         """See `Storage.walk`. A root without '/' at its end is a folder first, then an object."""
         bucket, key = _split_s3(root)
         base = key if not key or key.endswith("/") else f"{key}/"
-        seen = False
+        whole = bool(key) and is_bundle(key) and not selection.pattern
         with self._s3(root) as client:
-            for item in _objects(client, bucket, base, selection=selection):
-                seen = True
-                path = item["Key"][len(base) :]
-                if not path or path.endswith("/"):
-                    continue  # a folder, or an object that stands for one
-                if selection.takes(path) and (not is_hidden(path) or path_problem(path)):
-                    yield _s3_found(item, f"s3://{bucket}/{item['Key']}", path)
+            items = (
+                _below(client, bucket, base)
+                if whole
+                else _objects(client, bucket, base, selection=selection)
+            )
+            first = next(items, None)
+            seen = first is not None
+            if first is not None:
+                items = itertools.chain((first,), items)
+                if whole:
+                    # Paths begin with the name of the bundle itself.
+                    base = base[: base.rstrip("/").rfind("/") + 1]
+                yield from _chosen(items, bucket, base, selection)
         if seen or not key or selection.pattern:
             return
         entry = None if key.endswith("/") else self.stat(root)
@@ -108,6 +120,19 @@ class S3Storage(Storage):
             raise ObjectNotFound(f"{root}: there is no such object or folder; got no key below it")
         if selection.takes(entry.path):
             yield entry
+
+    def tree(self, root: str) -> Iterator[Entry]:
+        """See `Storage.tree`."""
+        bucket, key = _split_s3(root)
+        base = f"{key.rstrip('/')}/" if key else ""
+        nothing = True
+        with self._s3(root) as client:
+            for item in _below(client, bucket, base):
+                if not item["Key"].endswith("/"):
+                    nothing = False
+                    yield _s3_entry(item, bucket, item["Key"][len(base) :])
+        if nothing:
+            raise ObjectNotFound(f"{root}: there is no object in this folder")
 
     def stat(self, uri: str) -> Entry | None:
         """See `Storage.stat`."""
@@ -142,6 +167,48 @@ class S3Storage(Storage):
         bucket, key = _split_s3(uri, key_needed=True)
         with os_errors(os.fspath(local_path)), self._s3(uri) as client:
             client.upload_file(os.fspath(local_path), bucket, key, ExtraArgs=_content_type(key))
+
+    def publish(
+        self, uri: str, files: Iterable[tuple[str, bytes]], *, last: Sequence[str] = ()
+    ) -> None:
+        """See `Storage.publish`; of the files in `last` readers find all or none of the root's.
+
+        A process that is killed may leave objects without them; the next `publish` of the same URI
+        replaces or deletes these.
+        """
+        root = uri.rstrip("/")
+
+        def rank(name: str) -> tuple[int, int]:
+            return -name.count("/"), last.index(name.rpartition("/")[2])
+
+        old: set[str] = set()
+        with suppress(ObjectNotFound):
+            old = {entry.path for entry in self.tree(root)}
+        markers = [name for name in old if name.rpartition("/")[2] in last]
+        for name in sorted(markers, key=rank, reverse=True):
+            self.delete(f"{root}/{name}")
+        held: dict[str, bytes] = {}
+        try:
+            with _Puts(self) as puts:
+                for name, data in files:
+                    if problem := path_problem(name):
+                        text = f"{printable(name)!r} cannot be put below {root}: {problem}"
+                        raise UsageError(text)
+                    if name.rpartition("/")[2] in last:
+                        held[name] = data
+                    else:
+                        puts.add(f"{root}/{name}", data)
+                    old.discard(name)
+        except BaseException:
+            # What is there is of no use without the rest.
+            with suppress(StorageError):
+                for entry in list(self.tree(root)):
+                    self.delete(entry.uri)
+            raise
+        for name in old.difference(markers):
+            self.delete(f"{root}/{name}")
+        for name in sorted(held, key=rank):
+            self.write(f"{root}/{name}", held[name])
 
     def create(self, uri: str, data: bytes) -> bool:
         """See `Storage.create`. Servers that ignore `If-None-Match` take a second put as well;
@@ -291,10 +358,55 @@ def _s3_stamp(item: dict[str, Any]) -> str:
     return item.get("ETag", "").strip('"') or f"mtime-{int(item['LastModified'].timestamp())}"
 
 
+def _s3_entry(item: dict[str, Any], bucket: str, path: str) -> Entry:
+    return Entry(f"s3://{bucket}/{item['Key']}", path, item["Size"], _s3_stamp(item))
+
+
 def _s3_found(item: dict[str, Any], uri: str, path: str) -> Found:
     if problem := path_problem(path):
         return printable(uri), StorageError(f"{printable(uri)}: {problem}")
     return Entry(uri, path, item["Size"], _s3_stamp(item))
+
+
+def _chosen(
+    items: Iterator[dict[str, Any]], bucket: str, base: str, selection: Selection
+) -> Iterator[Found]:
+    """The wanted ones of what is listed; the objects of a bundle follow one another."""
+
+    def wanted(path: str) -> bool:
+        return selection.takes(path) and (not is_hidden(path) or bool(path_problem(path)))
+
+    def above(item: dict[str, Any]) -> str | None:
+        return bundle_above(item["Key"][len(base) :])
+
+    for top, group in itertools.groupby(items, key=above):
+        if top is None:
+            for item in group:
+                path = item["Key"][len(base) :]
+                # One that ends with '/' is a folder, or an object that stands for one.
+                if path and not path.endswith("/") and wanted(path):
+                    yield _s3_found(item, f"s3://{bucket}/{item['Key']}", path)
+        elif wanted(top):
+            yield from _bundled(group, bucket, base, top)
+
+
+def _bundled(items: Iterator[dict[str, Any]], bucket: str, base: str, top: str) -> Iterator[Found]:
+    bundle = Bundle()
+    for item in items:
+        if not item["Key"].endswith("/"):
+            bundle.add(_s3_entry(item, bucket, item["Key"][len(base) + len(top) + 1 :]))
+    uri = f"s3://{bucket}/{base}{top}"
+    if problem := path_problem(top):
+        yield printable(uri), StorageError(f"{printable(uri)}: {problem}")
+    elif bundle.files:
+        yield bundle.entry(uri, top)
+
+
+def _below(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """Stream every object whose key begins so."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    for page in pages:
+        yield from page.get("Contents", ())
 
 
 def _objects(
@@ -318,7 +430,10 @@ def _objects(
         for folder in page.get("CommonPrefixes", ()):
             yield {"Key": folder["Prefix"]}
             path = folder["Prefix"][len(base) :]
-            if not is_hidden(path) and selection.enters(path.rstrip("/")):
+            if is_bundle(path):
+                if not is_hidden(path) and selection.takes(path.rstrip("/")):
+                    yield from _below(client, bucket, folder["Prefix"])
+            elif not is_hidden(path) and selection.enters(path.rstrip("/")):
                 yield from _objects(client, bucket, base, selection=selection, below=path)
 
 
@@ -335,6 +450,29 @@ def _get_whole(client: Any, attempts: int, **request: str) -> bytes:
                 raise
             time.sleep(random.uniform(0, min(20, 2 ** (attempt - 1))))
     raise AssertionError("max_attempts is at least 1")
+
+
+class _Puts:
+    """Several puts at once, of bounded number; leaving the block waits for all of them."""
+
+    def __init__(self, storage: S3Storage) -> None:
+        self._storage = storage
+        self._pool = ThreadPoolExecutor(PUTS_AT_ONCE)
+        self._waiting: list[Future[None]] = []
+
+    def __enter__(self) -> _Puts:
+        return self
+
+    def add(self, uri: str, data: bytes) -> None:
+        """Put one more; raises what an earlier one met."""
+        if len(self._waiting) >= 2 * PUTS_AT_ONCE:
+            self._waiting.pop(0).result()
+        self._waiting.append(self._pool.submit(self._storage.write, uri, data))
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        for future in self._waiting if kind is None else ():
+            future.result()
 
 
 class _ObjectReader(io.RawIOBase):
