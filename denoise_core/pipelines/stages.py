@@ -329,13 +329,13 @@ class Expand:
 
     def _region_size(self, header: ImageHeader) -> int | None:
         """Side of this image's regions; None where it is read whole."""
-        size = self.job.config.region
-        if header.format == "zarr":
-            # Stacks are deep: of more than four samples every four count as one pixel.
-            deep = math.isqrt(max(0, -(-header.samples // 4) - 1)) + 1
-            return max(MIN_REGION, size // deep // MIN_REGION * MIN_REGION)
-        large = header.height * header.width >= REGION_FROM_PIXELS
-        return size if header.windowed and header.format == "tiff" and large else None
+        # Stacks are deep: of more than four samples every four count as one pixel.
+        groups = -(-header.samples // 4)
+        large = header.height * header.width * groups >= REGION_FROM_PIXELS
+        if not header.windowed or not (header.format == "zarr" or large):
+            return None
+        shorter = self.job.config.region // math.ceil(math.sqrt(groups))
+        return max(MIN_REGION, shorter // MIN_REGION * MIN_REGION)
 
     def _refuse_depth(self, header: ImageHeader, *, name: str) -> None:
         config = self.job.config
