@@ -7,6 +7,7 @@ in the models' cards (`break_even`) and in the README.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,8 +32,8 @@ TEXTURE_LEVELS = 8.0
 DIM_SHARE = 1 / 8
 # Mean step of a JPEG's luma table: 5.8 at quality 95, 11.5 at 90, of the tables in the standard.
 COARSE_STEP = 8.5
-# Side of the squares, in pixels, that are blank or not.
-SQUARE_SIDE = 8
+# Side of the squares, in pixels, that are blank or not; pixels that are looked at together.
+SQUARE_SIDE, BAND_PIXELS = 8, 1_000_000
 
 
 def noise_sigma(windows: Sequence[Array], *, spread: float) -> float:
@@ -62,10 +63,16 @@ def residual_rms(noisy: Array, denoised: Array, *, spread: float) -> float:
 
     Blank squares, as the background of a scan or around a cell, do not count.
     """
-    before = _squares(noisy)
-    textured = (before.max(axis=1) > before.min(axis=1)).any(axis=1)
-    taken = (_squares(denoised)[textured].astype(np.float32) - before[textured]) * (255.0 / spread)
-    return float(np.sqrt(np.mean(np.square(taken), dtype=np.float64))) if taken.size else 0.0
+    total, count = 0.0, 0
+    height, width = noisy.shape[:2]
+    side = min(SQUARE_SIDE, height)
+    band = side * max(1, BAND_PIXELS // (side * width))
+    for top in range(0, height - height % side, band):
+        before, after = (_squares(each[top : top + band]) for each in (noisy, denoised))
+        textured = (before.max(axis=1) > before.min(axis=1)).any(axis=1)
+        taken = (after[textured].astype(np.float32) - before[textured]) * (255.0 / spread)
+        total, count = total + float(np.sum(taken**2, dtype=np.float64)), count + taken.size
+    return math.sqrt(total / count) if count else 0.0
 
 
 def _squares(image: Array) -> Array:
