@@ -26,8 +26,11 @@ noise went through a demosaic, a tone curve and often a JPEG. Of one architectur
 
 # What these codecs leave of noise is not white.
 LOSSY = ("jpeg", "webp")
-# Texture adds up to so many levels to the wavelet estimate of the noise.
-TEXTURE_LEVELS = 8.0
+# Texture adds up to so many levels to the wavelet estimate: 14 were seen in BSDS500.
+TEXTURE_LEVELS = 16.0
+# Measuring white noise costs a sixth of a second for a megapixel: a grid of so many windows of so
+# many pixels a side stands for a larger image.
+GRID, WINDOW_SIDE = 4, 256
 # 12 bits in 16 use a sixteenth of the range.
 DIM_SHARE = 1 / 8
 # Mean step of a JPEG's luma table: 5.8 at quality 95, 11.5 at 90, of the tables in the standard.
@@ -54,8 +57,19 @@ def is_quiet(
     """
     if sigma < below or sigma >= below + TEXTURE_LEVELS or codec in LOSSY:
         return sigma < below
-    white = [metrics.white_sigma(each, data_range=spread) for each in windows]
-    return float(np.mean(white)) < below
+    parts = [part for each in windows for part in _grid(each)]
+    return float(np.mean([metrics.white_sigma(e, data_range=spread) for e in parts])) < below
+
+
+def _grid(image: Array) -> list[Array]:
+    """Return evenly spread windows of a large image, or a small one as it is."""
+    height, width = image.shape[:2]
+    if height * width <= (GRID * WINDOW_SIDE) ** 2:
+        return [image]
+    tops, lefts = (
+        np.linspace(0, max(0, side - WINDOW_SIDE), GRID).astype(int) for side in (height, width)
+    )
+    return [image[y : y + WINDOW_SIDE, x : x + WINDOW_SIDE] for y in tops for x in lefts]
 
 
 def residual_rms(noisy: Array, denoised: Array, *, spread: float) -> float:

@@ -66,6 +66,19 @@ def test_a_coarse_file_is_told_by_its_tables() -> None:
     assert not coarse("png")
 
 
+def test_windows_of_a_large_image_stand_for_it() -> None:
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 2, (1500, 1400, 1)).repeat(4, axis=0).repeat(3, axis=2) * 80.0
+    for sigma, quiet in ((0.5, True), (4.0, False)):
+        pixels = texture + rng.normal(0, sigma, texture.shape)
+        pixels = np.clip(np.rint(pixels + 60), 0, 255).astype(np.uint8)
+        # What the wavelets take for noise is texture that all channels share.
+        estimate = noise_sigma([pixels], spread=255)
+        assert estimate < 20
+        told = is_quiet([pixels], codec="png", sigma=estimate, below=1.75, spread=255)
+        assert told == quiet
+
+
 def test_twelve_bits_in_sixteen_are_dim() -> None:
     pixels = np.array([[[100], [4095]]], np.uint16)
     assert is_dim(pixels, 0, 65535)
