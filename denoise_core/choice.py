@@ -28,15 +28,15 @@ noise went through a demosaic, a tone curve and often a JPEG. Of one architectur
 LOSSY = ("jpeg", "webp")
 # Texture adds up to so many levels to the wavelet estimate: 14 were seen in BSDS500.
 TEXTURE_LEVELS = 16.0
-# Measuring white noise costs a sixth of a second for a megapixel: a grid of so many windows of so
-# many pixels a side stands for a larger image.
+# Measuring white noise costs a sixth of a second for a megapixel: a grid of so many by so many
+# windows, of so many pixels a side, stands for a larger image.
 GRID, WINDOW_SIDE = 4, 256
 # 12 bits in 16 use a sixteenth of the range.
 DIM_SHARE = 1 / 8
 # Mean step of a JPEG's luma table: 5.8 at quality 95, 11.5 at 90, of the tables in the standard.
 COARSE_STEP = 8.5
-# Side of the squares, in pixels, that are blank or not; pixels that are looked at together.
-SQUARE_SIDE, BAND_PIXELS = 8, 1_000_000
+# Side of the squares, in pixels, that are blank or not.
+SQUARE_SIDE = 8
 
 
 def noise_sigma(windows: Sequence[Array], *, spread: float) -> float:
@@ -75,18 +75,16 @@ def _grid(image: Array) -> list[Array]:
 def residual_rms(noisy: Array, denoised: Array, *, spread: float) -> float:
     """Return the root mean square of what a model took away, in levels; images are (H, W, C).
 
-    Blank squares, as the background of a scan or around a cell, do not count.
+    Of a large image it is that of a grid of windows. Blank squares, as the background of a scan or
+    around a cell, do not count.
     """
     total, count = 0.0, 0
-    height, width = noisy.shape[:2]
-    side = min(SQUARE_SIDE, height)
-    band = side * max(1, BAND_PIXELS // (side * width))
-    for top in range(0, height - height % side, band):
-        before, after = (_squares(each[top : top + band]) for each in (noisy, denoised))
-        textured = (before.max(axis=1) > before.min(axis=1)).any(axis=1)
-        taken = (after[textured].astype(np.float32) - before[textured]) * (255.0 / spread)
+    for windows in zip(_grid(noisy), _grid(denoised), strict=True):
+        before, after = map(_squares, windows)
+        textured = (before != before[:, :1]).any(axis=(1, 2))
+        taken = np.subtract(after[textured], before[textured], dtype=np.float32) / spread
         total, count = total + float(np.sum(taken**2, dtype=np.float64)), count + taken.size
-    return math.sqrt(total / count) if count else 0.0
+    return 255.0 * math.sqrt(total / count) if count else 0.0
 
 
 def _squares(image: Array) -> Array:

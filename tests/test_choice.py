@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import imagecodecs
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from denoise_core import choice
 from denoise_core.choice import (
     AUTO_MODELS,
     choose,
@@ -33,9 +33,7 @@ def file_of(pixels: np.ndarray, form: str, *, maker: str | None = None) -> bytes
     return buffer.getvalue()
 
 
-def test_residual_is_in_levels_and_leaves_blank_squares_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_residual_is_in_levels_and_leaves_blank_squares_out() -> None:
     rng = np.random.default_rng(0)
     noisy = rng.integers(0, 65536, (30, 45, 3)).astype(np.uint16)
     noisy[:, :24] = (10, 20, 30)
@@ -46,10 +44,15 @@ def test_residual_is_in_levels_and_leaves_blank_squares_out(
     denoised[:, 40:] += 1e4
     denoised[:, :24] -= 1e4
     assert residual_rms(noisy, denoised, spread=65535) == pytest.approx(2.0, rel=1e-6)
-    monkeypatch.setattr(choice, "BAND_PIXELS", 500)
-    assert residual_rms(noisy, denoised, spread=65535) == pytest.approx(2.0, rel=1e-6)
     assert residual_rms(noisy[:, :24], denoised[:, :24], spread=65535) == 0.0
     assert residual_rms(noisy[:5, 30:33], denoised[:5, 30:33], spread=65535) == pytest.approx(2.0)
+
+
+def test_residual_of_a_large_image_is_that_of_its_windows() -> None:
+    noisy = np.random.default_rng(0).integers(0, 256, (1500, 1100, 3)).astype(np.uint8)
+    denoised = noisy.astype(np.float32)
+    denoised[:, ::2] += 4.0
+    assert residual_rms(noisy, denoised, spread=255) == pytest.approx(math.sqrt(8.0), rel=1e-6)
 
 
 def test_a_coarse_file_is_told_by_its_tables() -> None:
