@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 HEIGHT, WIDTH, TILE = 25_000, 40_000, 512
-WORKER_BYTES = 3_000_000_000
+WORKER_MB = 3000
 
 
 def tiles() -> Iterator[np.ndarray]:
@@ -57,8 +57,10 @@ def watch_redone(staged: dict[Path, int], process: threading.Event, redone: set[
                 pass
 
 
-def largest_worker(job: JobRun) -> int:
-    return int(figures(job)["largest_worker"]["rss"])
+def peaks(job: JobRun) -> dict[str, int]:
+    """Of the largest worker. PSS divides the pages of Ray's object store by those who map them."""
+    worker = figures(job)["largest_worker"]
+    return {kind: round(worker[kind] / 1e6) for kind in ("rss", "pss", "uss")}
 
 
 def test_a_gigapixel_over_several_workers_and_a_kill(checkpoint: str, tmp_path: Path) -> None:
@@ -103,10 +105,9 @@ def test_a_gigapixel_over_several_workers_and_a_kill(checkpoint: str, tmp_path: 
         page = made.pages.first
         assert (made.is_bigtiff, page.is_tiled, page.shape) == (True, True, (HEIGHT, WIDTH, 3))
     assert files_below(several / ".denoise/regions") == []
-    peaks = [largest_worker(job) for job in (first, second)]
     print(
-        f"{WIDTH}x{HEIGHT}: one actor {first.seconds:.0f} s, three after the kill of {len(staged)} "
-        f"of {row['regions']} regions {second.seconds:.0f} s; largest worker "
-        f"{peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB"
+        f"{WIDTH}x{HEIGHT}: one actor {first.seconds:.0f} s, three after a kill with {len(staged)} "
+        f"of {row['regions']} regions done {second.seconds:.0f} s; MB of the largest worker "
+        f"{peaks(first)} and {peaks(second)}"
     )
-    assert max(peaks) < WORKER_BYTES
+    assert max(peaks(job)["pss"] for job in (first, second)) < WORKER_MB
