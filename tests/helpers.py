@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 
 ARGUMENTS = {"widths": (8, 16), "blocks": (1, 1), "channels": 3}
@@ -105,6 +109,26 @@ def start_job(*arguments: str, environment: dict[str, str] | None = None, **more
         env=environment or job_environment(),
         **more,
     )
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the driver, the raylet, the workers: all at once, none can tidy up."""
+    victims = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(True))]
+    for pid in victims:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str], *, timeout_s: float = 200
+) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
 
 
 def run_job(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:

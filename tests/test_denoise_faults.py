@@ -21,7 +21,6 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
-import psutil
 import pytest
 import tifffile
 from helpers import (
@@ -31,9 +30,11 @@ from helpers import (
     files_below,
     job_environment,
     json_lines,
+    kill_everything,
     picture,
     rows_of,
     run_job,
+    wait_until,
 )
 
 from denoise_core import lock
@@ -115,24 +116,6 @@ def start_hooked(*arguments: Any) -> subprocess.Popen[str]:
         start_new_session=True,
         env=job_environment(),
     )
-
-
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the driver, the raylet, the workers: all at once, none can tidy up."""
-    victims = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(True))]
-    for pid in victims:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=30)
-
-
-def wait_until(condition: Any, process: subprocess.Popen[str], *, timeout_s: float = 200) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -1,22 +1,20 @@
 """A gigapixel TIFF, in regions, by one actor and by three with a kill on the way.
 
-`make test-large`: a quarter of an hour and 15 GB of disk, so not among the default tests.
+`make test-large`: ten minutes, so not among the default tests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from helpers import files_below, rows_of, start_job
+from helpers import files_below, kill_everything, rows_of, start_job, wait_until
 
 from denoise_core.benchmarks.memory import figures
 from denoise_core.benchmarks.processes import JobRun, run_denoise
@@ -76,15 +74,10 @@ def test_a_gigapixel_over_several_workers_and_a_kill(checkpoint: str, tmp_path: 
     first = run_denoise([str(source)], alone, *options, "--actors", "1", memory=True)
 
     process = start_job(source, "--output", several, *options, "--actors", "3")
-    end = time.monotonic() + 900
-    while len(list(several.glob(".denoise/regions/*/*.json"))) < 12:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "no regions"
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    # Ray's own processes have groups of their own; they end when their driver has.
-    time.sleep(15)
+    wait_until(
+        lambda: len(list(several.glob(".denoise/regions/*/*.json"))) >= 12, process, timeout_s=900
+    )
+    kill_everything(process)
     assert files_below(several / "images") == []
     markers = list(several.glob(".denoise/regions/*/*.json"))
     staged = {path.with_suffix(".npy"): path.with_suffix(".npy").stat().st_ino for path in markers}

@@ -20,6 +20,7 @@ import numpy as np
 from denoise_core.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 from denoise_core.images import exif as exif_block
 from denoise_core.images.types import (
+    CODEC_ERRORS,
     Array,
     ImageHeader,
     ImageMetadata,
@@ -55,19 +56,6 @@ STRUCTURE_TAGS = frozenset((
 # fmt: on
 RESOLUTION_TAGS = (282, 283, 296)
 ICC_TAG, XMP_TAG, PHOTOSHOP_LAYERS, MAX_SAMPLE_VALUE = 34675, 700, 37724, 281
-TIFF_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 
 @contextmanager
@@ -85,7 +73,7 @@ def _open(file: BinaryIO, *, name: str) -> Iterator[Any]:
         raise ImageTooLarge(
             f"{name}: there is not enough memory to decode it; convert it to a tiled TIFF"
         ) from error
-    except TIFF_ERRORS as error:
+    except CODEC_ERRORS as error:
         raise CorruptImage(
             f"{name}: the TIFF is damaged or cut short ({error}); copy or download it again"
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,21 @@ MAX_PIXELS = 400_000_000
 
 MAX_WINDOWED_PIXELS = 100_000_000_000
 """Most pixels of what is read in windows; above it the header is taken for a bomb."""
+
+CODEC_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What tifffile, zarr-python and their codecs raise on damaged files, which is nearly anything."""
 
 SUPPORTED_DTYPES = frozenset(
     ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")

@@ -29,6 +29,7 @@ from denoise_core.errors import (
 )
 from denoise_core.images.tiff import flatten, unflatten
 from denoise_core.images.types import (
+    CODEC_ERRORS,
     SUPPORTED_DTYPES,
     Array,
     ImageHeader,
@@ -46,18 +47,6 @@ MAX_CHUNK_BYTES = 1 << 29
 MAX_SHARD_BYTES = 1 << 31
 SIDE_GROUPS = ("labels", "tables")
 """Groups beside the pyramid of an OME-Zarr, which are left behind."""
-_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 # These run code of the file's own choice.
 _PICKLES = ("pickle", "json2", "msgpack2", "vlen", "categorize")
 
@@ -166,7 +155,7 @@ def _open(source: ZarrSource, layout: _Layout, *, name: str) -> Any:
     store = ReadStore(source.storage, source.uri, layout.files)
     try:
         return open_array(store, layout.path, zarr_format=layout.zarr_format)
-    except _ERRORS as error:
+    except CODEC_ERRORS as error:
         raise UnsupportedImage(
             f"{name}: zarr-python does not open this array ({_first_line(error)}); write it again "
             "with codecs of Zarr itself, such as zstd"
@@ -182,7 +171,7 @@ def _damage(name: str) -> Iterator[None]:
         raise ImageTooLarge(
             f"{name}: there is not enough memory for its chunks; write it again in smaller ones"
         ) from error
-    except _ERRORS as error:
+    except CODEC_ERRORS as error:
         raise CorruptImage(
             f"{name}: a chunk is damaged or cut short ({_first_line(error)}); copy the folder again"
         ) from error
