@@ -176,7 +176,7 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     source, out = tmp_path / "in", tmp_path / "out"
     names = [f"slow-{i:02d}" for i in range(24)]
     write_pngs(source, *names)
-    big = as_dtype(picture(1100, 900, 3, seed=2), "uint8")
+    big = as_dtype(picture(1500, 1400, 3, seed=2), "uint8")
     tifffile.imwrite(source / "slow-big.tif", big, tile=(128, 128), photometric="rgb")
     flags = ["--model", checkpoint, "--precision", "float32", "--actors", "1", "--region", "512"]
     process = start_hooked(source, "--output", out, *flags)
@@ -185,7 +185,7 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
         # In whatever order: regions of the large image, and rows of small ones before or after.
         markers = list(out.glob(".denoise/regions/*/*.json"))
         rows = list(out.glob(".denoise/journal/*.parquet"))
-        return bool(markers and rows) or len(markers) >= 4
+        return bool(markers and rows) or len(markers) >= 3
 
     # A second run is refused at once, by the first one's id.
     lock = out / ".denoise/lock.json"
@@ -219,7 +219,7 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     for name, moment in before.items():
         if rows[name]["image_id"] in safe:
             assert (out / "images" / name).stat().st_mtime_ns == moment, name
-    assert rows["slow-big.tif"]["regions"] == 6
+    assert rows["slow-big.tif"]["regions"] == 9
     leftovers = [n for n in files_below(out / ".denoise") if "journal" not in n]
     assert leftovers == []
     check_against_uninterrupted(big, out, checkpoint, marked=marked.size)

@@ -637,7 +637,7 @@ def job_of(out: Path, **settings: Any) -> Job:
     return Job(config, "run", StorageOptions(), geometry, (), "hash")
 
 
-def test_regions_become_a_tiff(tmp_path: Path) -> None:
+def test_regions_become_a_tiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--format tiff --bit-depth 8`, from what the workers have staged."""
     path = write_ome(tmp_path / "a.zarr", stack(700, 300), axes="cyx")
     job = job_of(tmp_path / "out", format="tiff", bit_depth="8")
@@ -652,7 +652,20 @@ def test_regions_become_a_tiff(tmp_path: Path) -> None:
         data = io.BytesIO()
         np.save(data, expected[y0:y1, x0:x1])
         LOCAL.write(job.staging(facts, f"{index:06d}.npy"), data.getvalue())
+        LOCAL.write(job.staging(facts, f"{index:06d}.json"), b"{}")
     assert index > 0
+
+    def delete(storage: LocalStorage, uri: str) -> None:
+        # A run may be killed before any of these: no marker may be there without its pixels.
+        staged = [Path(name) for name in files_below(tmp_path / "out/.denoise")]
+        pixels, markers = (
+            {path.stem for path in staged if path.suffix == end} for end in (".npy", ".json")
+        )
+        assert markers <= pixels
+        really(storage, uri)
+
+    really = LocalStorage.delete
+    monkeypatch.setattr(LocalStorage, "delete", delete)
     lost = publish_image(job, facts)
     assert lost == ("zarr:levels", "zarr:axes CYX", "zarr:attributes")
     with tifffile.TiffFile(tmp_path / "out/images/a.zarr.tiff") as file:

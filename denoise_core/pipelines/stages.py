@@ -865,12 +865,12 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
     def load(uri: str) -> Array:
         return np.load(io.BytesIO(output.read(uri)), allow_pickle=False)
 
-    staged = []
+    staged: list[str] = []
     pieces = []
     for index, region in enumerate(regions_of(job, {**facts, "in_regions": True})):
         y0, y1, x0, x1 = region.core
         uri = job.staging(facts, f"{index:06d}.npy")
-        staged += [uri, uri.replace(".npy", ".json")]
+        staged.append(uri)
         pieces.append(Piece(y0, x0, y1 - y0, x1 - x0, partial(load, uri)))
     if (metadata.format, job.config.format) == ("zarr", "preserve"):
         lost = metadata.lost
@@ -891,6 +891,7 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
             lost = tuple(dict.fromkeys((*lost, *left_behind(metadata, "tiff"))))
             with no_fault_of_an_image():
                 output.upload(path, facts["output_uri"])
-    for uri in staged:
+    # Markers go first: one without its pixels would tell the next run of a region that is no more.
+    for uri in (*(each.replace(".npy", ".json") for each in staged), *staged):
         output.delete(uri)
     return lost
