@@ -194,15 +194,11 @@ def outputs_present(storage: Storage, out: str) -> set[int]:
         return {
             _key(entry.path)
             for entry in storage.list(join(out, "images"))
-            if not is_bundle(entry.path) or _is_whole(storage, entry.uri)
+            # A run killed at publishing on S3 leaves a Zarr without its root's metadata.
+            if not is_bundle(entry.path) or not entry.about.isdisjoint(ROOT_FILES)
         }
     except ObjectNotFound:
         return set()
-
-
-def _is_whole(storage: Storage, folder: str) -> bool:
-    # A run killed at publishing on S3 leaves a folder without them.
-    return any(storage.stat(join(folder, name)) for name in ROOT_FILES)
 
 
 def write_shards(

@@ -212,7 +212,9 @@ def test_the_fingerprint_knows_every_file(place: Callable[[Path], str], tmp_path
     assert len(seen) == 7, path
 
 
-def test_publish_replaces_a_folder_whole(place: Callable[[Path], str], tmp_path: Path) -> None:
+def test_publish_replaces_a_folder_whole(
+    place: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/other.png").write_bytes(b"x")
     root = place(tmp_path / "in")
@@ -230,7 +232,10 @@ def test_publish_replaces_a_folder_whole(place: Callable[[Path], str], tmp_path:
     for files in (old, new, new):
         storage.publish(uri, iter(files.items()), last=METADATA_FILES)
         assert content() == files
-    assert len(outputs_present(storage, root)) == 1
+    with monkeypatch.context() as patch:
+        # What the listing says is enough: no request for each Zarr.
+        patch.setattr(type(storage), "stat", None)
+        assert len(outputs_present(storage, root)) == 1
     with pytest.raises(ImageError, match="broken off"):
         storage.publish(uri, failing(), last=METADATA_FILES)
     if isinstance(storage, LocalStorage):

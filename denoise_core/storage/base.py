@@ -7,7 +7,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -27,14 +27,15 @@ class Entry:
     """One file or object: its URI, its '/'-separated path below the listed root (for a single file
     its name), its size in bytes and its stamp (S3: the etag; local: the mtime in nanoseconds).
 
-    Of a bundle, a folder that is one thing: the sum of its files' sizes, and a hash of their names,
-    sizes and stamps.
+    Of a bundle, a folder that is one thing: the sum of its files' sizes, a hash of their names,
+    sizes and stamps, and in `about` the names of the hidden and JSON files that lie directly in it.
     """
 
     uri: str
     path: str
     size: int
     stamp: str
+    about: frozenset[str] = frozenset()
 
     @property
     def fingerprint(self) -> str:
@@ -49,18 +50,22 @@ class Bundle:
     files: int = 0
     size: int = 0
     digest: int = 0
+    about: set[str] = field(default_factory=set)
 
     def add(self, entry: Entry) -> None:
         """Take one file; its `path` is relative to the bundle."""
         text = f"{entry.path}\0{entry.fingerprint}".encode("utf-8", "surrogateescape")
         self.files += 1
         self.size += entry.size
+        if "/" not in entry.path and (is_hidden(entry.path) or entry.path.endswith(".json")):
+            self.about.add(entry.path)
         # A sum does not depend on the order, so that millions of chunks need no sorting.
         self.digest += int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
 
     def entry(self, uri: str, path: str) -> Entry:
         """Describe the bundle as if it were a file."""
-        return Entry(uri, path, self.size, f"{self.digest % (1 << 128):032x}")
+        stamp = f"{self.digest % (1 << 128):032x}"
+        return Entry(uri, path, self.size, stamp, frozenset(self.about))
 
 
 Found = Entry | tuple[str, StorageError]  # the tuple: what cannot be listed, and why
