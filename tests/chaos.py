@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from conftest import rclone_binary
+from flaky import NO_FAULT, FlakyProxy
 from hosts import ACTOR, DRIVER, HEAD, RESERVE, WORKERS, Hosts, Tally, cluster, wait_until
 
 AWAY_S = 20
+STUMBLING_S = 10
 # Ray takes a host for lost after about a minute without an answer; before that it goes on with it.
 CUT_S = (8, 75)
 PAUSE_S = (2, 12)
@@ -38,6 +40,7 @@ class Chaos:
     hosts: Hosts
     quiet: dict[str, bytes]
     random: random.Random
+    proxy: FlakyProxy
     started: float = field(default_factory=time.monotonic)
     up: list[int] = field(default_factory=lambda: list(WORKERS))
     down: list[int] = field(default_factory=lambda: [RESERVE])
@@ -62,7 +65,7 @@ class Chaos:
 
     def submit(self) -> None:
         self.tries += 1
-        self.hosts.denoise(self.job, self.out)
+        self.hosts.denoise(self.job, self.out, "--s3-endpoint", self.proxy.endpoint)
 
     def next_run(self) -> None:
         self.runs, self.tries, self.faults = self.runs + 1, 0, 0
@@ -161,6 +164,13 @@ class Chaos:
         self.hosts.storage_refuses(AWAY_S)
         return f"is gone for {AWAY_S} s"
 
+    def answers(self) -> str:
+        faults = self.random.choice((("503", ""), ("reset", "cut", "", ""), ("slow",)))
+        self.proxy.meanwhile = faults
+        self.go_on(STUMBLING_S)
+        self.proxy.meanwhile = NO_FAULT
+        return f"one of {faults} for each request, {STUMBLING_S} s long"
+
 
 FAULTS: dict[str, Callable[[Chaos], str]] = {
     "actor killed": Chaos.actor,
@@ -169,6 +179,7 @@ FAULTS: dict[str, Callable[[Chaos], str]] = {
     "link pulled": Chaos.link,
     "driver killed": Chaos.driver,
     "S3 server": Chaos.storage,
+    "S3 answers": Chaos.answers,
 }
 
 
@@ -185,12 +196,13 @@ def main() -> int:
         hosts.denoise("quiet", "quiet")
         if hosts.wait("quiet") != "SUCCEEDED":
             raise Broken(hosts.log("quiet"))
-        chaos = Chaos(hosts, hosts.outputs("quiet"), random.Random(wanted.seed))
-        chaos.next_run()
-        while time.monotonic() < chaos.started + 60 * wanted.minutes:
-            chaos.go_on(chaos.random.uniform(*PAUSE_S))
-            chaos.fault()
-        chaos.finish()
+        with hosts.stumbling_s3() as proxy:
+            chaos = Chaos(hosts, hosts.outputs("quiet"), random.Random(wanted.seed), proxy)
+            chaos.next_run()
+            while time.monotonic() < chaos.started + 60 * wanted.minutes:
+                chaos.go_on(chaos.random.uniform(*PAUSE_S))
+                chaos.fault()
+            chaos.finish()
     total = sum(chaos.tallies, Tally(0))
     print(f"seed {wanted.seed}: {chaos.survived} faults in {chaos.runs} runs survived; {total}")
     return int(total != Tally(total.images))

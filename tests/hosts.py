@@ -25,6 +25,7 @@ from typing import Any
 import imagecodecs
 import psutil
 from conftest import free_port, rclone_binary
+from flaky import FlakyProxy
 from helpers import as_dtype, files_below, job_environment, make_checkpoint, picture, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -246,11 +247,16 @@ class Hosts:
             cwd=ROOT, check=True, capture_output=True, timeout=200,
         )  # fmt: skip
 
-    def denoise(self, name: str, out: str, *, source: str = "in", **more: Any) -> None:
+    def denoise(self, name: str, out: str, *flags: str, source: str = "in", **more: Any) -> None:
         """Submit `jobs.denoise` from s3://bucket/SOURCE to s3://bucket/OUT."""
         words = ["-m", "jobs.denoise", f"s3://bucket/{source}", "--output", f"s3://bucket/{out}"]
         words += ["--model", f"{self.folder}/model", "--precision", "float32"]
-        self.submit(name, *words, **more)
+        self.submit(name, *words, *flags, **more)
+
+    def stumbling_s3(self) -> FlakyProxy:
+        """A second address of the S3 server, for `--s3-endpoint`, that can be told to fail."""
+        address = f"{NETWORK}.254"
+        return FlakyProxy(f"http://{address}:{self.s3_port}", address=address)
 
     def ask(self, path: str, *, method: str = "GET") -> Any:
         """Ask the head's dashboard."""

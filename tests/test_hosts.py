@@ -7,6 +7,7 @@ undisturbed run; a training goes on from its checkpoint. The machines are those 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import tiny_training
 from conftest import rclone_binary
+from flaky import NO_FAULT
 from helpers import by_name
 from hosts import (
     ACTOR,
@@ -70,9 +72,9 @@ def check(hosts: Hosts, name: str, quiet: dict[str, bytes]) -> None:
     assert (hosts.bucket / name / "_SUCCESS").exists()
 
 
-def under_way(hosts: Hosts, name: str) -> None:
+def under_way(hosts: Hosts, name: str, *flags: str) -> None:
     """Submit a run and wait for its first rows."""
-    hosts.denoise(name, name)
+    hosts.denoise(name, name, *flags)
     assert hosts.wait(name, until=lambda: hosts.has_rows(name)) == "RUNNING", hosts.log(name)
     assert len(hosts.outputs(name)) < IMAGES, "too fast for a fault in the middle"
 
@@ -93,6 +95,18 @@ def test_storage_is_away_for_a_while(hosts: Hosts, quiet: dict[str, bytes]) -> N
     under_way(hosts, "storage")
     hosts.storage_hangs(20)
     finish(hosts, "storage", quiet)
+
+
+def test_storage_that_stumbles(hosts: Hosts, quiet: dict[str, bytes]) -> None:
+    """Half of the answers are 503 or a reset, then every answer is slow."""
+    with hosts.stumbling_s3() as proxy:
+        under_way(hosts, "stumbles", "--s3-endpoint", proxy.endpoint)
+        for faults in (("503", "reset", "", ""), ("slow",), NO_FAULT):
+            proxy.meanwhile = faults
+            time.sleep(10)
+        finish(hosts, "stumbles", quiet)
+        print(f"requests: {dict(proxy.met)}")
+        assert min(proxy.met[fault] for fault in ("503", "reset", "slow")) > 0
 
 
 def test_killed_driver_and_the_same_command_again(hosts: Hosts, quiet: dict[str, bytes]) -> None:
@@ -236,3 +250,64 @@ def test_a_stopped_training_is_resumed(hosts: Hosts, photos: str) -> None:
     train(hosts, "resume", photos, "resumed", "--resume")
     assert hosts.wait("resume") == "SUCCEEDED", hosts.log("resume")
     check_history(hosts, "resumed", before)
+
+
+# --- evaluation and search ----------------------------------------------------------------------
+
+
+def lose_a_host(hosts: Hosts, word: str) -> int:
+    """Kill the raylet of a host that has such a process; its number."""
+    ours = (*WORKERS, RESERVE)
+    wait_until(lambda: any(hosts.processes(number, word) for number in ours), timeout_s=120)
+    victim = next(number for number in ours if hosts.processes(number, word))
+    hosts.kill_raylet(victim)
+    return victim
+
+
+def test_an_evaluation_outlasts_a_lost_host(hosts: Hosts, photos: str) -> None:
+    """Its figures are those of an undisturbed one."""
+
+    def evaluate(name: str) -> None:
+        words = ["s3://bucket/in", "--output", f"s3://bucket/{name}", "--actors", 2]
+        words += ["--model", f"{hosts.folder}/model", "--noise", "gaussian:15", "gaussian:25"]
+        words += ["--baselines", "identity", "median", "--precision", "float32"]
+        hosts.submit(name, "-m", "jobs.evaluate", *words)
+
+    def results(name: str) -> Any:
+        return json.loads((hosts.bucket / name / "summary.json").read_text())["results"]
+
+    evaluate("measured")
+    assert hosts.wait("measured") == "SUCCEEDED", hosts.log("measured")
+    evaluate("measured-less")
+    victim = lose_a_host(hosts, "ray::MapWorker")
+    assert hosts.status("measured-less") == "RUNNING", "too fast for a fault in the middle"
+    assert hosts.wait("measured-less") == "SUCCEEDED", hosts.log("measured-less")
+    assert results("measured-less") == results("measured")
+    assert results("measured")[0]["images"] == IMAGES
+    hosts.start(victim)
+
+
+def test_a_search_outlasts_a_lost_host(hosts: Hosts, photos: str) -> None:
+    """OUT is a folder that all hosts share."""
+    out = hosts.folder / "search"
+    space = hosts.folder / "space.toml"
+    space.write_text("learning_rate = [1e-3, 3e-3, 1e-2]\nloss = ['l1', 'mse']\n")
+    words = [photos, "--output", out, "--preset", "tiny", "--space", space, "--trials", 4]
+    words += ["--steps", STEPS, "--precision", "float32", "--stop", "none", "--concurrent", 2]
+    hosts.submit("search", tiny_training.SCRIPT, "tune", *words)
+
+    def is_running() -> bool:
+        return (out / "trials.csv").exists() and any(
+            row["status"] == "running" and float(row["done"] or 0) > 0 for row in trials()
+        )
+
+    def trials() -> list[dict[str, str]]:
+        return list(csv.DictReader((out / "trials.csv").open(newline="")))
+
+    assert hosts.wait("search", until=is_running) == "RUNNING", hosts.log("search")
+    victim = lose_a_host(hosts, "train_trial")
+    assert hosts.wait("search") == "SUCCEEDED", hosts.log("search")
+    assert [row["status"] for row in trials()] == ["done"] * 4
+    assert [row["steps"] for row in trials()] == [str(STEPS)] * 4
+    assert (out / "best.toml").exists()
+    hosts.start(victim)

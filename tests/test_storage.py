@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import http.client
-import http.server
 import io
 import os
 import pickle
@@ -14,7 +12,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tracemalloc
 import types
@@ -23,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from flaky import FlakyProxy
 
 from denoise_core.errors import (
     AccessDenied,
@@ -558,7 +555,7 @@ class TestS3(StorageContract):
             assert_one_sentence(caught.value)
             assert not secret or secret not in str(caught.value)
 
-    @pytest.mark.parametrize("fault", ["503", "429", "500", "cut", "drop"])
+    @pytest.mark.parametrize("fault", ["503", "429", "500", "cut", "drop", "reset", "slow"])
     def test_faults_are_survived(self, s3_server: Any, root: str, fault: str) -> None:
         S3Storage().write(join(root, "a.bin"), b"0123456789" * 100)
         with FlakyProxy(s3_server.endpoint, [fault]) as proxy:
@@ -602,75 +599,6 @@ class TestS3(StorageContract):
             found = s3_module._s3_found(item, f"s3://b/{path}", path)
             assert isinstance(found, tuple)
             assert isinstance(found[1], StorageError)
-
-
-class FlakyProxy:
-    """An HTTP server before another one that fails in the listed ways, one for each request."""
-
-    def __init__(self, target: str, faults: list[str], *, conditional: bool = False) -> None:
-        self.target, self.faults, self.conditional = urlsplit(target).netloc, faults, conditional
-        self.put_keys: set[str] = set()
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do(self) -> None:
-                proxy.answer(self)
-
-            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do  # noqa: N815
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self) -> FlakyProxy:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        fault = self.faults.pop(0) if self.faults else ""
-        if self.conditional and request.headers.get("If-None-Match"):
-            fault = "412" if request.path in self.put_keys else ""
-            self.put_keys.add(request.path)
-        if fault == "drop":
-            request.close_connection = True
-        elif fault.isdigit():
-            request.send_response(int(fault))
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-        else:
-            self.forward(request, body, cut=fault == "cut")
-
-    def forward(
-        self, request: http.server.BaseHTTPRequestHandler, body: bytes, *, cut: bool
-    ) -> None:
-        connection = http.client.HTTPConnection(self.target, timeout=20)
-        # The signature covers Host, so it goes on as it came.
-        connection.putrequest(
-            request.command, request.path, skip_host=True, skip_accept_encoding=True
-        )
-        for name, value in request.headers.items():
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        data = answer.read()
-        request.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
-                request.send_header(name, value)
-        request.end_headers()
-        request.wfile.write(data[: len(data) // 2] if cut else data)
-        request.close_connection = cut
-        connection.close()
 
 
 @contextmanager
