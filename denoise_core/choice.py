@@ -98,8 +98,12 @@ def _squares(image: Array) -> Array:
 
 def is_dim(pixels: Array, low: float, high: float) -> bool:
     """Whether deep integers use little of their range: what is noise to the eye is none to it."""
-    deep = pixels.dtype.kind in "ui" and pixels.dtype.itemsize > 1
-    return deep and float(pixels.max()) - low < DIM_SHARE * (high - low)
+    if pixels.dtype.kind not in "ui" or pixels.dtype.itemsize == 1:
+        return False
+    # Where there is room for negative values, their size counts as well.
+    start = 0.0 if low < 0 else low
+    most = max(float(pixels.max()) - start, start - float(pixels.min()))
+    return most < DIM_SHARE * (high - start)
 
 
 def is_coarse(metadata: ImageMetadata) -> bool:

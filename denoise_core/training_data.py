@@ -293,10 +293,10 @@ class Library:
             array = _idx_array(uri, self.options)[member]
             return self._fit(array[..., None] if array.ndim == 2 else array, uri)
         try:
-            pixels = decode(storage_for(uri, self.options).read(uri), name=uri).pixels
+            image = decode(storage_for(uri, self.options).read(uri), name=uri)
         except DenoiseError as error:
             raise UsageError(f"{uri}: {error}") from error
-        return self._fit(pixels, uri)
+        return self._fit(_filling(image.pixels, image.header.bits), uri)
 
     def _fit(self, image: Array, uri: str) -> Array:
         """Return the image with the network's channels: grey repeated, colour turned to luma."""
@@ -310,6 +310,12 @@ class Library:
         raise UsageError(
             f"{uri}: training takes images of 1 or 3 channels, got {image.shape[2]}. Leave it out."
         )
+
+
+def _filling(pixels: Array, bits: int) -> Array:
+    """Move integers of fewer bits, such as 12 in 16, up to where their dtype's range is theirs."""
+    unused = pixels.dtype.itemsize * 8 - bits
+    return pixels << unused if pixels.dtype.kind == "u" and bits and unused else pixels
 
 
 def _size(arrays: tuple[Array, Array | None]) -> int:
@@ -338,11 +344,16 @@ def _reduce(image: Array, scale: float) -> Array:
     return stacked if image.dtype.kind == "f" else np.rint(stacked).astype(image.dtype)
 
 
-def to_unit(crop: Array, image: Array) -> Array:
-    """Return a crop of `image` as float32, its data range scaled to [0, 1]."""
-    if image.dtype == np.uint8:
+def to_unit(crop: Array, image: Array, partner: Array | None = None) -> Array:
+    """Return a crop of `image` as float32, its data range scaled to [0, 1].
+
+    A crop of its clean `partner` goes by the noisy image's range, as the model's output will;
+    where their dtypes differ, so do their units, and each goes by its own.
+    """
+    if crop.dtype == np.uint8:
         return crop.astype(np.float32) / np.float32(255.0)
-    low, high = data_range(image)
+    whole = image if partner is None or partner.dtype == image.dtype else partner
+    low, high = data_range(whole)
     return (crop.astype(np.float32) - np.float32(low)) / np.float32(high - low)
 
 
@@ -483,7 +494,7 @@ class Sampler:
                 cut = _reduce(np.ascontiguousarray(cut), side / window)
             cut = np.rot90(cut, k=turns)
             cut = cut[:, ::-1] if flip else cut
-            values = to_unit(np.ascontiguousarray(cut), pixels)
+            values = to_unit(np.ascontiguousarray(cut), image, pixels)
             return values if warp is None else warp.apply(values)
 
         return one(image), None if images[1] is None else one(images[1])
@@ -549,7 +560,7 @@ def validation_pairs(
         place = slice(top, top + height), slice(left, left + width)
         values = to_unit(image[place], image)
         if sampler.mode == "pairs" and partner is not None:
-            pairs.append((values, to_unit(partner[place], partner)))
+            pairs.append((values, to_unit(partner[place], image, partner)))
         elif sampler.mode == "neighbor2neighbor":
             places = draw_neighbours(rng, height // 2, width // 2)
             pairs.append((pick(values, places[..., 0]), pick(values, places[..., 1])))

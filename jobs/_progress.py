@@ -180,9 +180,11 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
             f"{config.reference}: no PSNR for them."
         )
     if outcome.dim:
+        low, high = outcome.dim_ends
+        bits = max(-low, high).bit_length()
         click.echo(
             f"{outcome.dim} of the copied use little of their range. If they look noisy, state it: "
-            f"--data-range 0:{(1 << outcome.dim_top.bit_length()) - 1}"
+            f"--data-range={-(1 << bits) if low < 0 else 0}:{(1 << bits) - 1}"
         )
     if totals.old_failures:
         click.echo(f"{totals.old_failures} failed in earlier runs; --retry-failed does them again.")

@@ -86,6 +86,10 @@ def test_twelve_bits_in_sixteen_are_dim() -> None:
     pixels = np.array([[[100], [4095]]], np.uint16)
     assert is_dim(pixels, 0, 65535)
     assert not is_dim(pixels, 0, 4095)
+    scan = np.array([[[-1000], [3000]]], np.int16)
+    assert is_dim(scan, -32768, 32767)
+    assert not is_dim(scan, -4096, 4095)
+    assert not is_dim(-9 * scan[:, :1] - 30_000, -32768, 32767)
     assert not is_dim(pixels.astype(np.float32), 0, 65535)
     assert not is_dim(np.full((2, 2, 1), 9, np.uint8), 0, 255)
 

@@ -469,7 +469,7 @@ def test_an_image_that_the_model_would_hardly_change_is_copied(
     (source / "dim.png").write_bytes(png_bytes(dim))
     outcome = denoise(source, tmp_path / "out", careful)
     assert (outcome.totals.ok, outcome.totals.copied) == (2, 3)
-    assert (outcome.dim, outcome.dim_top) == (1, int(dim.max()))
+    assert (outcome.dim, outcome.dim_ends) == (1, (0, int(dim.max())))
     rows = by_name(tmp_path / "out")
     assert rows.pop("dim.png")["status"] == "copied"
     for name, row in rows.items():

@@ -232,6 +232,17 @@ def test_pairs_by_reference_folder(tmp_path: Path):
     ]
 
 
+def test_noise_does_not_change_the_units_of_a_float_pair(tmp_path: Path):
+    clean = np.linspace(0, 1, 40 * 40, dtype=np.float32).reshape(40, 40)
+    noisy = clean + np.random.default_rng(0).normal(0, 0.1, clean.shape).astype(np.float32)
+    for name, values in (("clean/a", clean), ("noisy/a", noisy)):
+        (tmp_path / name).parent.mkdir()
+        np.save(tmp_path / f"{name}.npy", values)
+    made = config(tmp_path / "noisy", reference=str(tmp_path / "clean"))
+    pair = read_shot(find_shots(made, OPTIONS)[0], OPTIONS)
+    np.testing.assert_array_equal(pair.noisy[..., 0], noisy)
+
+
 def test_files_without_a_partner_are_named(tmp_path: Path):
     write_pairs(tmp_path, ["a_real.png", "a_mean.png", "b_real.png", "c_mean.png"])
     with pytest.raises(UsageError, match=r"2 file.*b_real\.png \(no clean.*c_mean\.png \(no noisy"):

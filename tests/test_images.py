@@ -297,6 +297,20 @@ def test_twelve_bit_tiff_keeps_its_depth() -> None:
     assert_same_tiff(data, out)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32"])
+def test_signed_integers_have_the_range_of_their_dtype(dtype: str) -> None:
+    info = np.iinfo(dtype)
+    array = np.array([[info.min, -1, 0, info.max]], dtype)
+    npy = io.BytesIO()
+    np.save(npy, array)
+    for data in (save_tiff(array), npy.getvalue()):
+        image = decode(data, name="x")
+        low, high = data_range(image.pixels, bits=image.header.bits)
+        assert (low, high) == (info.min, info.max)
+        kept = to_dtype(image.pixels.astype(np.float64), dtype, low, high)
+        np.testing.assert_array_equal(kept[..., 0], array)
+
+
 def test_lossy_tiff_compression_is_named() -> None:
     data = save_tiff(smooth(3), compression="jpeg", photometric="rgb", tile=(32, 32))
     out, lost = again(data)

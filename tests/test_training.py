@@ -272,6 +272,34 @@ def test_pairs_may_lie_in_folders(tmp_path, patterns):
     assert (clean * 255).mean() == pytest.approx(70)
 
 
+@pytest.mark.parametrize("scale", [1, 4000])
+def test_noise_does_not_change_the_units_of_float_pairs(tmp_path, scale):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        clean = np.repeat(rng.random((40, 1, 1)), 48, axis=1).astype(np.float32) * scale
+        noisy = clean + rng.normal(0, 0.2 * scale, clean.shape).astype(np.float32)
+        np.save(tmp_path / f"{name}_mean.npy", clean)
+        np.save(tmp_path / f"{name}_real.npy", noisy)
+    settings = config(data=(str(tmp_path),), noisy="*_real.npy", clean="*_mean.npy")
+    found = TrainingData.index(settings, TINY)
+    sampler = Sampler.make(found.training, settings, TINY)
+    drawn = [sampler.sample(step=step, place=0, crop=32) for step in range(4)]
+    held = validation_pairs(
+        found.validation, sampler, noise=parse_noise("clean"), side=32, stride=16
+    )
+    for noisy, clean in (*drawn, *held):
+        slope = np.polyfit(clean.ravel(), noisy.ravel(), 1)[0]
+        assert slope == pytest.approx(1, abs=0.05)
+
+
+def test_twelve_bits_in_sixteen_are_trained_on_as_all_of_the_range(tmp_path):
+    pixels = np.array([[0, 1, 4095]], np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, bitspersample=12)
+    loaded, _ = Library(StorageOptions(), channels=1).get(Picture(str(tmp_path / "a.tif")))
+    values = training_data.to_unit(loaded, loaded)[..., 0]
+    np.testing.assert_allclose(values, pixels / 4095, rtol=3e-4)
+
+
 def test_held_out_crops_stay_within_a_bound(folder, data, monkeypatch):
     monkeypatch.setattr(training_data, "VALIDATION_PIXELS", 32 * 32 + 1)
     pairs = validation_pairs(

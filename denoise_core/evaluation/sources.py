@@ -215,7 +215,9 @@ def read_shot(shot: Shot, options: StorageOptions, *, max_pixels: int = MAX_PIXE
                 f"{shot.name}: the noisy image is {_size(noisy)}, the clean one {_size(clean)}; "
                 "expected equal sizes and channels"
             )
-        picture.noisy = other.unit(noisy).astype(np.float32)
+        # In the same units, noise must not widen the range that floats are measured by.
+        same = noisy.dtype == clean.dtype
+        picture.noisy = (scale if same else other).unit(noisy).astype(np.float32)
     return picture
 
 

@@ -19,15 +19,17 @@ BIT_DEPTHS = {"8": "uint8", "16": "uint16", "32f": "float32"}
 def data_range(image: Array | npt.DTypeLike, *, bits: int = 0) -> tuple[float, float]:
     """(lo, hi) of an image or a dtype, in the image's own units.
 
-    Integers: the dtype's range, or [0, 2**bits - 1] where fewer `bits` are used. Floats: [0, 1]
-    when 99 % of the values lie in it, else the image's own minimum and maximum; a flat image far
-    from [0, 1] gets a range of length 1, so that nobody divides by zero. A float dtype alone
+    Integers: the dtype's range, or [0, 2**bits - 1] where unsigned ones use fewer `bits`. Floats:
+    [0, 1] when 99 % of the values lie in it, else the image's own minimum and maximum; a flat image
+    far from [0, 1] gets a range of length 1, so that nobody divides by zero. A float dtype alone
     gives (0, 1).
     """
     dtype = image.dtype if isinstance(image, np.ndarray) else np.dtype(image)
     if dtype.kind in "ui":
         info = np.iinfo(dtype)
-        return (0.0, float(2**bits - 1)) if bits else (float(info.min), float(info.max))
+        if dtype.kind == "u" and 0 < bits < info.bits:
+            return 0.0, float(2**bits - 1)
+        return float(info.min), float(info.max)
     if not isinstance(image, np.ndarray) or image.size == 0:
         return 0.0, 1.0
     inside = np.count_nonzero((image >= 0) & (image <= 1))

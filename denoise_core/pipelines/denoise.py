@@ -71,7 +71,8 @@ class Totals:
 class Outcome:
     """How a run ended. `unreferenced` images have no usable image under --reference.
 
-    `dim` images were copied and use little of their range; `dim_top` is the largest value in them.
+    `dim` images were copied and use little of their range; `dim_ends` are the least value in them,
+    0 at most, and the largest.
     """
 
     run_id: str
@@ -82,7 +83,7 @@ class Outcome:
     worst_failures: list[Facts] = field(default_factory=list)
     unreferenced: int = 0
     dim: int = 0
-    dim_top: int = 0
+    dim_ends: tuple[int, int] = (0, 0)
 
 
 class Watcher:
@@ -286,7 +287,8 @@ class _Run:
         self.failures: list[Facts] = []
         self.taken: set[str] = set()
         self.partial: dict[str, dict[int, Facts]] = {}
-        self.unreferenced = self.dim = self.dim_top = 0
+        self.unreferenced = self.dim = 0
+        self.dim_ends = 0, 0
         self.started = time.monotonic()
         self.flushed = time.monotonic()
 
@@ -312,7 +314,7 @@ class _Run:
             worst_failures=self.failures[:5],
             unreferenced=self.unreferenced,
             dim=self.dim,
-            dim_top=self.dim_top,
+            dim_ends=self.dim_ends,
         )
 
     def _do(self, shards: list[str]) -> None:
@@ -412,8 +414,9 @@ class _Run:
         height, width = facts["size"]
         totals.megapixels += height * width / 1e6
         self.unreferenced += "reference_problem" in facts
-        self.dim += "dim_top" in facts
-        self.dim_top = max(self.dim_top, facts.get("dim_top", 0))
+        if "dim" in facts:
+            (low, high), (least, most) = self.dim_ends, facts["dim"]
+            self.dim, self.dim_ends = self.dim + 1, (min(low, least), max(high, most))
         if totals.first_image_s is None:
             totals.first_image_s = time.monotonic() - self.started
 

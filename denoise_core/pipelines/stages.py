@@ -645,7 +645,7 @@ class Write:
             denoised = noisy = item.array("pixels")
             lost: tuple[str, ...] = ()
             if is_dim(noisy, *facts["data_range"]):
-                facts["dim_top"] = int(noisy.max())
+                facts["dim"] = [int(noisy.min()), int(noisy.max())]
         else:
             noisy, denoised = item.array("pixels"), item.array("denoised")
             alpha = item.array("alpha") if item.alpha is not None else None
