@@ -61,10 +61,14 @@ Planned = WorkItem | Refusal
 
 @dataclass(slots=True)
 class Counts:
-    """What planning saw. `old_failures` are skipped images whose earlier row says `failed`."""
+    """What planning saw. `old_failures` are skipped images whose earlier row says `failed`.
+
+    `left_out` are new, changed or missing, and not --retry-failed's to do.
+    """
 
     listed: int = 0
     skipped: int = 0
+    left_out: int = 0
     old_failures: int = 0
     to_do: int = 0
     refused: int = 0
@@ -140,16 +144,15 @@ class Planner:
 
     def _is_finished(self, identity: str, fingerprint: str, *, path: str | None) -> bool:
         before = self.done.images.get(identity)
+        failed = before is not None and before[2]
+        done = before is not None and before[:2] == (fingerprint, self.config_hash)
+        if done and not failed and path is not None:
+            done = not self._is_missing(path)
         if self.config.retry_failed:
-            again = before is not None and before[2]
-            self.counts.skipped += not again
-            return not again
-        if before is None or self.config.existing == "overwrite":
-            return False
-        old_fingerprint, old_hash, failed = before
-        if (old_fingerprint, old_hash) != (fingerprint, self.config_hash):
-            return False
-        if not failed and path is not None and self._is_missing(path):
+            self.counts.skipped += done and not failed
+            self.counts.left_out += not done and not failed
+            return not failed
+        if not done or self.config.existing == "overwrite":
             return False
         self.counts.skipped += 1
         self.counts.old_failures += failed

@@ -186,6 +186,11 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
             f"{outcome.dim} of the copied use little of their range. If they look noisy, state it: "
             f"--data-range={-(1 << bits) if low < 0 else 0}:{(1 << bits) - 1}"
         )
+    if totals.left_out:
+        click.echo(
+            f"{totals.left_out} new, changed or missing were left out by --retry-failed, so there "
+            "is no _SUCCESS; the same command without it does them."
+        )
     if totals.old_failures:
         click.echo(f"{totals.old_failures} failed in earlier runs; --retry-failed does them again.")
     root = config.output.rstrip("/")

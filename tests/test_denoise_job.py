@@ -26,7 +26,7 @@ from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, pi
 from PIL import Image
 
 from denoise_core.choice import residual_rms
-from denoise_core.errors import UsageError
+from denoise_core.errors import RunFailed, UsageError
 from denoise_core.images import decode
 from denoise_core.metrics import error_sums
 from denoise_core.results import SCHEMA
@@ -513,7 +513,8 @@ def test_retry_failed_touches_only_the_failed(job: Any, checkpoint: str) -> None
     after = snapshot(job.out / "images")
     assert after.pop("empty.png")
     assert after == before
-    assert (job.out / "_SUCCESS").exists()
+    assert outcome.totals.left_out == 1
+    assert not (job.out / "_SUCCESS").exists(), "a new image was left out"
     rows = by_name_of(job.out, job.source)
     assert rows["empty.png"]["status"] == "ok"
     assert "fresh.png" not in rows
@@ -554,3 +555,49 @@ def test_changed_model_or_settings_redo_and_existing_rules(
     assert snapshot(out / "images") != first
     (row,) = rows_of(out)
     assert row["model_id"] == "tiny-1"
+
+
+def test_a_run_that_lost_an_image_is_no_success(
+    ray_session: None, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever took it: no row, no success. The rerun does it, and makes the reports anew."""
+    from denoise_core.pipelines.flow import Flow
+
+    for name in "abc":
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pixels = as_dtype(picture(40, 50, 1), "uint8")
+        (tmp_path / "in" / f"{name}.png").write_bytes(png_bytes(pixels))
+    really = Flow.__iter__
+
+    def forgetful(flow: Flow) -> Any:
+        return (each for each in really(flow) if each is None or each["path"] != "b.png")
+
+    monkeypatch.setattr(Flow, "__iter__", forgetful)
+    with pytest.raises(RunFailed, match="1 of 3 images came to no end"):
+        denoise(tmp_path / "in", tmp_path / "out", checkpoint)
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    monkeypatch.undo()
+    outcome = denoise(tmp_path / "in", tmp_path / "out", checkpoint)
+    assert (outcome.totals.ok, outcome.totals.skipped) == (1, 2)
+    assert (tmp_path / "out/_SUCCESS").exists()
+    # One that was killed after its last row is ended by the next.
+    written = json.loads((tmp_path / "out/run.json").read_text())
+    (tmp_path / "out/run.json").write_text(json.dumps({**written, "finished": False}))
+    (tmp_path / "out/report.html").unlink()
+    assert denoise(tmp_path / "in", tmp_path / "out", checkpoint).totals.skipped == 3
+    assert json.loads((tmp_path / "out/run.json").read_text())["finished"]
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_a_data_range_that_some_images_cannot_have_fails_those_alone(
+    ray_session: None, checkpoint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for seed, dtype in enumerate(("uint8", "uint16", "uint16", "uint8")):
+        pixels = as_dtype(picture(40, 50, 1, seed=seed), dtype)
+        (tmp_path / f"in/{seed}.png").write_bytes(png_bytes(pixels))
+    outcome = denoise(
+        tmp_path / "in", tmp_path / "out", checkpoint, data_range="300:4095", copy_below="0"
+    )
+    assert (outcome.totals.ok, outcome.totals.failed) == (2, 2)
+    assert "holds no uint8 value" in by_name(tmp_path / "out")["0.png"]["error_message"]

@@ -63,6 +63,19 @@ def test_output_of_an_earlier_run_is_not_given_to_another_input(tmp_path: Path) 
             assert [Path(r.item.source_uri).parent.name for r in refused] == ["two"]
 
 
+def test_retry_counts_what_it_leaves_out(tmp_path: Path) -> None:
+    done = finished(touch(tmp_path / "in/same.png"), tmp_path / "out")
+    for name in ("failed", "changed"):
+        touch(tmp_path / f"in/{name}.png")
+        more = finished(tmp_path / f"in/{name}.png", tmp_path / "out", failed=name == "failed")
+        done.images.update(more.images)
+    (tmp_path / "in/changed.png").write_bytes(b"longer than before")
+    touch(tmp_path / "in/new.png")
+    planner, items = plan([tmp_path / "in"], tmp_path / "out", done, retry_failed=True)
+    assert [item.path for item in items] == ["failed.png"]
+    assert (planner.counts.skipped, planner.counts.left_out) == (1, 2)
+
+
 def test_retry_of_a_conflict_does_not_take_the_others_output(tmp_path: Path) -> None:
     done = finished(touch(tmp_path / "one/a.png"), tmp_path / "out")
     loser = finished(touch(tmp_path / "two/a.png"), tmp_path / "out", failed=True)

@@ -24,7 +24,7 @@ from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry
 from denoise_core.devices import device_memory
-from denoise_core.errors import ObjectNotFound, UsageError
+from denoise_core.errors import ObjectNotFound, RunFailed, UsageError
 from denoise_core.lock import Lock, output_lock
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
@@ -45,10 +45,14 @@ FLUSH_ROWS = 2_000
 
 @dataclass(slots=True)
 class Totals:
-    """What a run has done so far; `skipped` were done by earlier runs."""
+    """What a run has done so far.
+
+    `skipped` were done by earlier runs, `left_out` by none: --retry-failed does not touch them.
+    """
 
     to_do: int = 0
     skipped: int = 0
+    left_out: int = 0
     ok: int = 0
     copied: int = 0
     failed: int = 0
@@ -263,7 +267,12 @@ def _dry_run(job: Job, storage: Storage) -> Outcome:
     listed = [
         (item.item if isinstance(item, worklist.Refusal) else item).source_uri for item in items
     ]
-    totals = Totals(to_do=counts.to_do, skipped=counts.skipped, failed=counts.refused)
+    totals = Totals(
+        to_do=counts.to_do,
+        skipped=counts.skipped,
+        left_out=counts.left_out,
+        failed=counts.refused,
+    )
     return Outcome(job.run_id, totals, True, dry_run=True, listed=listed)
 
 
@@ -287,6 +296,9 @@ class _Run:
         self.failures: list[Facts] = []
         self.taken: set[str] = set()
         self.partial: dict[str, dict[int, Facts]] = {}
+        # Images at their assembly, and those that are published but have their regions yet.
+        self.assembling: dict[str, Facts] = {}
+        self.assembled: list[Facts] = []
         self.unreferenced = self.dim = 0
         self.dim_ends = 0, 0
         self.started = time.monotonic()
@@ -296,14 +308,11 @@ class _Run:
         """Plan, work, publish. The journal is flushed and published however it ends."""
         self._sweep("work")
         shards = self._plan()
-        if self.totals.to_do or self.storage.stat(join(self.out, "run.json")) is None:
+        if self.totals.to_do or not self._has_ended():
             self._do(shards)
-        else:
-            # What a run killed in its last moments left unmerged.
-            results.publish(self.storage, self.out, run_id=self.job.run_id)
         within = self.totals.error_rate() <= self.job.config.max_error_rate
         success = join(self.out, "_SUCCESS")
-        if not within:
+        if not within or self.totals.left_out:
             self.storage.delete(success)
         elif self.storage.stat(success) is None:
             self.storage.write(success, b"")
@@ -316,6 +325,13 @@ class _Run:
             dim=self.dim,
             dim_ends=self.dim_ends,
         )
+
+    def _has_ended(self) -> bool:
+        """Whether the run before went to its end, reports and all."""
+        try:
+            return bool(json.loads(self.storage.read(join(self.out, "run.json")))["finished"])
+        except ObjectNotFound:
+            return False
 
     def _do(self, shards: list[str]) -> None:
         self.storage.delete(join(self.out, "_SUCCESS"))
@@ -351,6 +367,7 @@ class _Run:
                 self._take(self._refused(refusal))
         self.totals.to_do = counts.to_do + counts.refused
         self.totals.skipped, self.totals.old_failures = counts.skipped, counts.old_failures
+        self.totals.left_out = counts.left_out
         self.mean_bytes = counts.bytes_to_do / max(1, counts.to_do)
         return shards
 
@@ -382,8 +399,18 @@ class _Run:
             if facts is not None:
                 whole = self._take(facts)
                 if whole is not None:
+                    self.assembling[whole["image_id"]] = whole
                     flow.assemble(whole)
             self._tick()
+            if not self.journal.waiting:
+                while self.assembled:
+                    flow.drop(self.assembled.pop())
+        if self.totals.done < self.totals.to_do:
+            raise RunFailed(
+                f"{self.totals.to_do - self.totals.done} of {self.totals.to_do} images came to no "
+                "end, neither written nor failed. Finished images are safe, the same command goes "
+                "on with the rest."
+            )
 
     def _take(self, facts: Facts) -> Facts | None:
         """Note what is finished; return an image whose regions are all there, to be assembled."""
@@ -398,6 +425,9 @@ class _Run:
             return merge_regions(list(self.partial.pop(facts["image_id"]).values()))
         self.taken.add(facts["image_id"])
         self.partial.pop(facts["image_id"], None)
+        whole = self.assembling.pop(facts["image_id"], None)
+        if whole is not None and "error_type" not in facts:
+            self.assembled.append(whole)
         self._count(facts)
         self.journal.append(to_row(self.job, facts))
         return None
@@ -451,6 +481,7 @@ class _Run:
             "counts": {
                 "to_do": totals.to_do,
                 "skipped": totals.skipped,
+                "left_out": totals.left_out,
                 "ok": totals.ok,
                 "copied": totals.copied,
                 "failed": totals.failed,

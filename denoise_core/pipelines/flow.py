@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,15 @@ from denoise_core.pipelines.cluster import (
     stopped,
 )
 from denoise_core.pipelines.job import Facts, Job, now
-from denoise_core.pipelines.stages import Denoise, Expand, Ledger, Read, Write, publish_image
+from denoise_core.pipelines.stages import (
+    Denoise,
+    Expand,
+    Ledger,
+    Read,
+    Write,
+    drop_regions,
+    publish_image,
+)
 from denoise_core.storage import storage_for
 
 # Source bytes of the images that share one read task: small ones travel together.
@@ -95,6 +104,10 @@ class Flow:
         """Have an image assembled from its regions; its final facts come out of the iteration."""
         self.assembling[assemble_image.remote(self.job, facts)] = facts
 
+    def drop(self, facts: Facts) -> None:
+        """Have an assembled image's regions deleted, now that its row is safe."""
+        drop_staged.remote(self.job, facts)
+
     def _feed(self) -> None:
         try:
             for batch in self.dataset.iter_batches(
@@ -108,7 +121,8 @@ class Flow:
             self.inbox.put(error)
 
     def _assembled(self) -> Iterator[Facts]:
-        ready, _ = ray.wait(list(self.assembling), timeout=0) if self.assembling else ([], [])
+        waiting = list(self.assembling)
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
         for reference in ready:
             facts = self.assembling.pop(reference)
             try:
@@ -206,6 +220,13 @@ def assemble_image(job: Job, facts: Facts) -> Facts:
     except (ImageError, StorageError, UsageError) as error:
         facts |= _error(error)
     return {**facts, "finished_at": now()}
+
+
+@ray.remote(num_cpus=0.1, max_retries=0)
+def drop_staged(job: Job, facts: Facts) -> None:
+    """Delete an image's staged regions; those that cannot be are the end of the run's to delete."""
+    with suppress(StorageError):
+        drop_regions(job, facts)
 
 
 def _whole(facts: Facts) -> Facts:

@@ -454,10 +454,13 @@ class Read:
         staged = self.job.staging(facts, f"{facts['region']:06d}.json")
         target = storage_for(self.job.config.output, self.job.options)
         if target.stat(staged) is not None:
-            # What this run knows of the item itself goes before what a killed one noted.
             done = json.loads(target.read(staged))
-            facts |= {**done, **facts, "staged": True}
-            return
+            # A region of this run is read again: of a task that lost its machine Ray takes only
+            # what it has not seen, and expects what comes before to be as large as it was.
+            if done.pop("run_id") != self.job.run_id:
+                # What this run knows of the item itself goes before what a killed one noted.
+                facts |= {**done, **facts, "staged": True}
+                return
         height, width = facts["size"]
         region = region_of(self.job, facts)
         y0, y1, x0, x1 = region.window(height, width)
@@ -527,9 +530,15 @@ class Denoise:
 
         if name not in self.denoisers:
             config = self.job.config
+            # A user's Keras file: stride and halo are in the geometry, measured by the driver.
+            checkpoint = load_checkpoint(name, model_range=config.model_range, measure=False)
+            if checkpoint.hash not in {model.hash for model in self.job.models}:
+                raise RunFailed(
+                    f"--model {name}: its weights are not those that this run began with; wait "
+                    "until it is no longer written, and have the same copy on all machines."
+                )
             denoiser = Denoiser(
-                # A user's Keras file: stride and halo are in the geometry, measured by the driver.
-                load_checkpoint(name, model_range=config.model_range, measure=False),
+                checkpoint,
                 geometry=self.job.geometry,
                 batch_size=None if config.batch_size == "auto" else int(config.batch_size),
                 strength=config.strength,
@@ -562,7 +571,7 @@ class Denoise:
                 with self.guard.timed(items):
                     self._predict(items)
                 return
-            except (ImageError, StorageError, MemoryError):
+            except (ImageError, StorageError, UsageError, MemoryError):
                 pass
         for item in items:
             with self.guard.catch(item):
@@ -790,8 +799,9 @@ class Write:
         write_output(self.output, pixels, buffer.getbuffer())
         facts |= self._measures(facts, noisy, denoised)
         # The marker comes last: a region with it is finished, whatever happens afterwards.
-        marker = json.dumps({k: v for k, v in facts.items() if k not in ("started_at",)}).encode()
-        write_output(self.output, self.job.staging(facts, f"{facts['region']:06d}.json"), marker)
+        marker = {k: v for k, v in facts.items() if k != "started_at"} | {"run_id": self.job.run_id}
+        uri = self.job.staging(facts, f"{facts['region']:06d}.json")
+        write_output(self.output, uri, json.dumps(marker).encode())
 
     def _samples(self, facts: Facts, denoised: Array, alpha: Array | None) -> Array:
         """Return channels and alpha in the output's dtype."""
@@ -849,9 +859,10 @@ def copy_folder(source: Storage, uri: str, output: Storage, target: str) -> None
 
 
 def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
-    """Assemble an image's staged regions to one TIFF or Zarr, publish it, drop the regions.
+    """Assemble an image's staged regions to one TIFF or Zarr and publish it.
 
-    Memory is bounded by one row of regions. Returns the names of what metadata was lost.
+    The regions stay, so that it can be done again. Memory is bounded by one row of regions. Returns
+    the names of what metadata was lost.
     """
     from denoise_core.assemble import Region as Piece
     from denoise_core.assemble import assemble_tiff, zarr_files
@@ -865,12 +876,10 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
     def load(uri: str) -> Array:
         return np.load(io.BytesIO(output.read(uri)), allow_pickle=False)
 
-    staged: list[str] = []
     pieces = []
     for index, region in enumerate(regions_of(job, {**facts, "in_regions": True})):
         y0, y1, x0, x1 = region.core
         uri = job.staging(facts, f"{index:06d}.npy")
-        staged.append(uri)
         pieces.append(Piece(y0, x0, y1 - y0, x1 - x0, partial(load, uri)))
     if (metadata.format, job.config.format) == ("zarr", "preserve"):
         lost = metadata.lost
@@ -891,7 +900,13 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
             lost = tuple(dict.fromkeys((*lost, *left_behind(metadata, "tiff"))))
             with no_fault_of_an_image():
                 output.upload(path, facts["output_uri"])
-    # Markers go first: one without its pixels would tell the next run of a region that is no more.
-    for uri in (*(each.replace(".npy", ".json") for each in staged), *staged):
-        output.delete(uri)
     return lost
+
+
+def drop_regions(job: Job, facts: Facts) -> None:
+    """Delete the staged regions of an image whose row is safe."""
+    output = storage_for(job.config.output, job.options)
+    # Markers go first: one without its pixels would tell the next run of a region that is no more.
+    for kind in ("json", "npy"):
+        for region in range(facts["regions"]):
+            output.delete(job.staging(facts, f"{region:06d}.{kind}"))

@@ -87,7 +87,8 @@ def _cut_example(row: dict[str, Any], options: StorageOptions | None) -> Example
     source, output = row["source_uri"], row["output_uri"]
     if not source or not output:
         return Example(row, note="No preview: the row names no input or no output.")
-    pixels = (row["height"] or 0) * (row["width"] or 0)
+    # A deep stack counts as so many pixels of four channels.
+    pixels = (row["height"] or 0) * (row["width"] or 0) * max(1, (row["channels"] or 1) / 4)
     crops: _Crops | None
     # A Zarr may be deep, however few its pixels are.
     if pixels > WHOLE_PIXELS or (is_bundle(source) and is_bundle(output)):

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -318,7 +319,11 @@ def _cleaned(folder: str, mark: str) -> str:
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(folder):
         if name.startswith(mark):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            # Under another name first: one who is still at work on it, cut off as it was, fails.
+            doomed = os.path.join(folder, mark + uuid.uuid4().hex)
+            with suppress(OSError):
+                os.rename(os.path.join(folder, name), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
     return folder
 
 
@@ -327,7 +332,9 @@ def _fill(folder: str, name: str, data: bytes) -> None:
     if problem := path_problem(name):
         raise UsageError(f"{printable(name)!r} cannot be put below {folder}: {problem}")
     path = os.path.join(folder, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    for parent in reversed(PurePosixPath(name).parents[:-1]):
+        with suppress(FileExistsError):
+            os.mkdir(os.path.join(folder, parent))
     with open(path, "xb") as file:
         file.write(data)
         file.flush()

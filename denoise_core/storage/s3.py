@@ -200,10 +200,11 @@ class S3Storage(Storage):
                         puts.add(f"{root}/{name}", data)
                     old.discard(name)
         except BaseException:
-            # What is there is of no use without the rest.
+            # What is there is of no use without the rest, unless another has published it whole.
             with suppress(StorageError):
-                for entry in list(self.tree(root)):
-                    self.delete(entry.uri)
+                if not any(self.stat(f"{root}/{name}") for name in last):
+                    for entry in list(self.tree(root)):
+                        self.delete(entry.uri)
             raise
         for name in old.difference(markers):
             self.delete(f"{root}/{name}")
