@@ -12,7 +12,7 @@ caller's (`Storage.upload`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def assemble_tiff(
     rows = _rows(list(regions), header)
     target = np.dtype(dtype or header.dtype)
     shape = (header.height, header.width, header.samples)
+    exif, damaged = exif_block.for_tiff(metadata.exif)
+    metadata = replace(metadata, exif=exif)
     layout, tag_sets = tiff.layout_to_write(shape, target, metadata)
     layout |= {"bigtiff": True, "tile": list(tile or layout["tile"] or TILE)}
     options, lost = tiff.page_options(layout, target, compression=compression)
@@ -96,7 +98,7 @@ def assemble_tiff(
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
-    return tuple(dict.fromkeys((*metadata.lost, *lost)))
+    return tuple(dict.fromkeys((*metadata.lost, *damaged, *lost)))
 
 
 def zarr_files(

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_tags_are_the_sources(tmp_path: Path) -> None:
             for tif in (one, two)
         ]
     assert tags[0] == tags[1]
+
+
+def test_damaged_exif_is_left_out_and_named(tmp_path: Path) -> None:
+    data = source_of((HEIGHT, WIDTH), tile=(32, 32))
+    file = io.BytesIO(data)
+    lost = assemble_tiff(
+        regions_of(decode(data, name="x").pixels, tmp_path, size=(48, 48)),
+        path=tmp_path / "out.tiff",
+        header=read_header(file, name="x"),
+        metadata=replace(read_metadata(file, name="x"), exif=b"no directory"),
+    )
+    assert lost == ("EXIF (damaged)",)
 
 
 def test_strips_become_tiles_and_options_win(tmp_path: Path) -> None:

@@ -455,6 +455,26 @@ def test_conversion_carries_or_names_metadata(target: str) -> None:
         assert exif.get_ifd(34665)[33434] == 0.25
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        (b"no directory at all", "EXIF (damaged)"),  # SyntaxError of Pillow
+        (b"II*\0\x08", "EXIF (damaged)"),  # struct.error of Pillow
+        (b"II*\0" + struct.pack("<IHHHIII", 8, 1, 274, 4, 1, 70_000, 0), "EXIF (damaged)"),  # ours
+        (b"II*\0" + struct.pack("<IHHHIII", 8, 1, 271, 2, 99, 900, 0), "EXIF (damaged tags)"),
+    ],
+    ids=["no mark", "cut", "too large", "outside"],
+)
+def test_damaged_exif_does_not_keep_an_image_out_of_a_tiff(
+    kind: str, block: bytes, name: str
+) -> None:
+    data = save(smooth(3), kind, exif=b"Exif\0\0" + block, lossless=True)
+    out, lost = again(data, format="tiff")
+    assert lost == (name,)
+    np.testing.assert_array_equal(decode(out, name="y").pixels, decode(data, name="x").pixels)
+
+
 def test_tiff_to_png_names_tags_and_keeps_resolution() -> None:
     data = save_tiff(
         random_array((HEIGHT, WIDTH, 4), "uint16"),

@@ -10,6 +10,8 @@ import struct
 import warnings
 from typing import Any, BinaryIO
 
+from denoise_core.images.types import CODEC_ERRORS
+
 SUB_IFDS = {34665: 34664, 34853: 34852}
 """Exif and GPS pointers, and the tag before each: tifffile refuses to write the pointers, so a
 placeholder of the neighbouring number is written, and renamed when its directory is appended."""
@@ -18,7 +20,6 @@ placeholder of the neighbouring number is written, and renamed when its director
 MAKE, MODEL = 271, 272
 CAMERA_TAGS = (MAKE, MODEL, 274, 305, 306, 315, 33432)
 ASCII, SHORT, LONG, LONG8 = 2, 3, 4, 16
-PILLOW_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error)
 
 
 def _load(block: bytes) -> Any:
@@ -36,7 +37,7 @@ def camera_of(block: bytes | None) -> str | None:
     try:
         exif = _load(block)
         names = [str(exif[code]).strip("\0 ") for code in (MAKE, MODEL) if code in exif]
-    except PILLOW_ERRORS:
+    except CODEC_ERRORS:
         return None
     return " ".join(filter(None, names)) or None
 
@@ -55,7 +56,7 @@ def from_tiff(file: BinaryIO) -> bytes | None:
             exif.get_ifd(code).update(directory)
             exif[code] = directory
         return exif.tobytes()[6:] if len(exif) else None
-    except PILLOW_ERRORS:
+    except CODEC_ERRORS:
         return None
 
 
@@ -78,6 +79,22 @@ def _read_directories(file: BinaryIO) -> tuple[Any, dict[int, dict[int, Any]]]:
             directory.load(file)
             found[code] = dict(directory)
     return first, found
+
+
+def for_tiff(block: bytes | None) -> tuple[bytes | None, list[str]]:
+    """The block, None where its damage keeps it out of a TIFF; and the names of what is lost."""
+    if not block:
+        return None, []
+    with warnings.catch_warnings(record=True) as damaged_tags:
+        warnings.simplefilter("always")
+        try:
+            tiff_tags(block)
+            exif = _load(block)
+            for code in SUB_IFDS:
+                _directory_bytes(exif.get_ifd(code), order="<", big=False, offset=0)
+        except CODEC_ERRORS:
+            return None, ["EXIF (damaged)"]
+    return block, ["EXIF (damaged tags)"] if damaged_tags else []
 
 
 def tiff_tags(block: bytes) -> list[list[Any]]:

@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -464,6 +465,8 @@ def encode(
     """Samples (H, W, S) -> TIFF of the source's layout, or a plain one for other sources."""
     import tifffile
 
+    exif, damaged = exif_block.for_tiff(metadata.exif)
+    metadata = replace(metadata, exif=exif)
     layout, tag_sets = layout_to_write(samples.shape, samples.dtype, metadata)
     options, lost = page_options(layout, samples.dtype, compression=compression)
     array = unflatten(samples, layout["axes"], tuple(layout["shape"]))
@@ -479,7 +482,7 @@ def encode(
             writer.write(_page_array(page, layout), extratags=tags, **options)
     if metadata.exif:
         exif_block.append_to_tiff(out, metadata.exif)
-    return out.getvalue(), lost
+    return out.getvalue(), damaged + lost
 
 
 @contextmanager

@@ -34,11 +34,12 @@ CODEC_ERRORS = (
     NotImplementedError,
     OSError,
     RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
     struct.error,
 )
-"""What tifffile, zarr-python and their codecs raise on damaged files, which is nearly anything."""
+"""What Pillow, tifffile, zarr-python and their codecs raise on damaged files: nearly anything."""
 
 SUPPORTED_DTYPES = frozenset(
     ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
