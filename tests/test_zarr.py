@@ -457,6 +457,20 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[Path], Any]]] = {
     "array no json": (CorruptImage, "no JSON", lambda p: (p / "0/.zarray").write_text("[1]")),
     "no shape": (CorruptImage, "metadata are damaged", lambda p: damaged(
         p, "0/.zarray", lambda d: d.pop("shape") and None)),
+    "infinite shape": (CorruptImage, "metadata are damaged", lambda p: damaged(
+        p, "0/.zarray", lambda d: d.update(shape=[1, 1, float("inf"), 32]))),
+    "open dtype": (CorruptImage, "metadata are damaged", lambda p: damaged(
+        p, "0/.zarray", lambda d: d.update(dtype="(1,2"))),
+    "negative dtype": (CorruptImage, "metadata are damaged", lambda p: damaged(
+        p, "0/.zarray", lambda d: d.update(dtype="(-1,)u1"))),
+    "surrogate dtype": (CorruptImage, "metadata are damaged", lambda p: damaged(
+        p, "0/.zarray", lambda d: d.update(dtype="\ud800"))),
+    "surrogate path": (CorruptImage, "metadata are damaged", lambda p: damaged(
+        p, ".zattrs", lambda d: d["multiscales"][0]["datasets"][0].update(path="\ud800"))),
+    "number of filters": (CorruptImage, "metadata are damaged", lambda p: damaged(
+        p, "0/.zarray", lambda d: d.update(filters=5))),
+    "list beside the array": (CorruptImage, "no JSON object", lambda p: (
+        p / "0/.zattrs").write_text("[1]")),
     "outside": (CorruptImage, "relative path", lambda p: damaged(
         p, ".zattrs", lambda d: d["multiscales"][0]["datasets"][0].update(path="../b"))),
     "no datasets": (CorruptImage, "damaged", lambda p: damaged(
@@ -507,6 +521,15 @@ def test_refused_with_one_sentence(tmp_path: Path, case: str) -> None:
     assert text.startswith("a.zarr: ")
     assert "\n" not in text
     assert len(text) < 400
+
+
+@pytest.mark.parametrize("key", ["attributes", "consolidated_metadata"])
+@pytest.mark.parametrize("file", ["zarr.json", "0/zarr.json"])
+def test_lists_for_objects_are_refused(tmp_path: Path, file: str, key: str) -> None:
+    path = write_ome(tmp_path / "a.zarr", zarr_format=3)
+    damaged(path, file, lambda d: d.update({key: [1]}))
+    with pytest.raises(CorruptImage, match="metadata are damaged"):
+        decode(fetch(LOCAL, str(path)), name="a.zarr")
 
 
 def test_other_refusals(tmp_path: Path) -> None:

@@ -186,17 +186,26 @@ def _first_line(error: Exception) -> str:
 
 def _look(source: ZarrSource, *, name: str) -> _Layout:
     """Read the metadata files of the one image, and check them."""
-    layout = _root(source, name=name)
-    if not _is_array(layout):
-        _into_pyramid(source, layout, name=name)
-    array = _parsed(layout.files[layout.key(_array_file(layout))], name=name)
     with _bad_metadata(name):
+        layout = _root(source, name=name)
+        if not _is_array(layout):
+            _into_pyramid(source, layout, name=name)
+        for file, data in layout.files.items():
+            _check_document(file, _parsed(data, name=name))
+        array = _parsed(layout.files[layout.key(_array_file(layout))], name=name)
         layout.shape = tuple(map(int, array["shape"]))
         _read_chunks(layout, array)
-    layout.dtype = _dtype(layout, array, name=name)
-    layout.axes = layout.axes or _own_axes(layout, array, name=name)
-    _check(layout, array, name=name)
+        layout.dtype = _dtype(layout, array, name=name)
+        layout.axes = layout.axes or _own_axes(layout, array, name=name)
+        _check(layout, array, name=name)
     return layout
+
+
+def _check_document(file: str, document: dict[str, Any]) -> None:
+    """Refuse what would stop the writing, though the pixels could be read."""
+    for key in ("attributes", "consolidated_metadata") if file.endswith("zarr.json") else ():
+        if not isinstance(document.get(key) or {}, dict):
+            raise TypeError(f"{key} of {file} are no JSON object")
 
 
 def _root(source: ZarrSource, *, name: str) -> _Layout:
@@ -228,15 +237,14 @@ def _array_file(layout: _Layout) -> str:
 def _into_pyramid(source: ZarrSource, layout: _Layout, *, name: str) -> None:
     """Go to level 0 of the OME-Zarr image that the root group is."""
     image = _image_of(_attributes(layout, name=name), name=name)
-    with _bad_metadata(name):
-        paths = [str(level["path"]) for level in image["datasets"]]
-        named = image.get("axes") or list("tczyx")
-        axes = [each["name"] if isinstance(each, dict) else each for each in named]
-        layout.path, layout.levels = paths[0].strip("/"), len(paths)
-        try:
-            join(source.uri, layout.path)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
+    paths = [str(level["path"]) for level in image["datasets"]]
+    named = image.get("axes") or list("tczyx")
+    axes = [each["name"] if isinstance(each, dict) else each for each in named]
+    layout.path, layout.levels = paths[0].strip("/"), len(paths)
+    try:
+        join(source.uri, layout.path)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
     layout.axes = _letters(axes, name=name)
     parts = layout.path.split("/")
     for depth in range(1, len(parts) + 1):
@@ -380,9 +388,17 @@ def _check(layout: _Layout, array: dict[str, Any], *, name: str) -> None:
 
 @contextmanager
 def _bad_metadata(name: str) -> Iterator[None]:
+    """JSON of any kind may stand in any place, and NumPy evaluates a dtype like Python code."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CorruptImage(
             f"{name}: the Zarr metadata are damaged ({type(error).__name__}: "
             f"{_first_line(error)}); write or copy them again"
