@@ -532,6 +532,13 @@ def test_lists_for_objects_are_refused(tmp_path: Path, file: str, key: str) -> N
         decode(fetch(LOCAL, str(path)), name="a.zarr")
 
 
+def test_codec_that_reads_but_does_not_write(tmp_path: Path) -> None:
+    path = write_ome(tmp_path / "a.zarr")
+    damaged(path, "0/.zarray", lambda d: d["compressor"].update(level=None))
+    with pytest.raises(UnsupportedImage, match="cannot write it"):
+        rewrite(path, tmp_path / "b.zarr", size=(64, 64))
+
+
 def test_other_refusals(tmp_path: Path) -> None:
     file = tmp_path / "file.zarr"
     file.write_bytes(b"x")

@@ -470,13 +470,20 @@ class ZarrWriter:
     def chunks(self, samples: Array, *, y0: int, x0: int) -> Iterator[tuple[str, bytes]]:
         """Yield (name, content) for samples (h, w, S), whose sides are multiples of `unit`.
 
-        Chunks that hold nothing but the fill value have no file, as in zarr-python.
+        Chunks that hold nothing but the fill value have no file, as in zarr-python. Raises
+        UnsupportedImage where a codec of the source reads but does not write.
         """
         height, width = samples.shape[:2]
         shape, window = list(self.shape), [slice(None)] * len(self.shape)
         for axis, start, size in ((self._y, y0, height), (self._x, x0, width)):
             shape[axis], window[axis] = size, slice(start, start + size)
-        self._array[tuple(window)] = unflatten(samples, self.axes, tuple(shape))
+        try:
+            self._array[tuple(window)] = unflatten(samples, self.axes, tuple(shape))
+        except CODEC_ERRORS as error:
+            raise UnsupportedImage(
+                f"the codecs of this Zarr cannot write it ({_first_line(error)}); use --format "
+                "tiff, or write the source again with codecs of Zarr itself, such as zstd"
+            ) from error
         yield from self._store.drain()
 
     def metadata_files(self) -> Iterator[tuple[str, bytes]]:
