@@ -92,11 +92,21 @@ def journal_root(out: str) -> str:
 
 
 def new_row(**values: Any) -> Row:
-    """Return a row with every column of SCHEMA, None where not given."""
+    """Return a row with every column of SCHEMA, None where not given.
+
+    Lone surrogates, which the JSON of a Zarr may hold and no table can, are escaped.
+    """
     unknown = set(values) - set(SCHEMA.names)
     if unknown:
         raise KeyError(f"no columns of the row schema: {sorted(unknown)}")
-    return {**dict.fromkeys(SCHEMA.names), "schema_version": SCHEMA_VERSION, **values}
+    storable = {name: _storable(value) for name, value in values.items()}
+    return {**dict.fromkeys(SCHEMA.names), "schema_version": SCHEMA_VERSION, **storable}
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_storable(each) for each in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Journal:

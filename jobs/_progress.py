@@ -13,6 +13,7 @@ import click
 
 from denoise_core.config import DenoiseConfig
 from denoise_core.pipelines.denoise import Outcome, Totals, Watcher
+from denoise_core.storage.base import printable
 
 PLAIN_EVERY_S = 10.0
 
@@ -169,7 +170,7 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
     for facts in outcome.worst_failures:
         click.echo(
             f"  failed {facts['path']!r} ({facts['error_stage']}, {facts['error_type']}): "
-            f"{facts['error_message']}"
+            f"{printable(facts['error_message'])}"
         )
     rest = totals.failed - len(outcome.worst_failures)
     if rest > 0:

@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from denoise_core.config import DenoiseConfig
+from denoise_core.pipelines.denoise import Outcome, Totals
 from jobs import denoise
 from jobs._cli import settings_command
+from jobs._progress import print_outcome
 
 
 def invoke(
@@ -198,3 +200,11 @@ def test_help_imports_neither_ray_nor_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--output" in done.stdout
+
+
+def test_failure_that_cannot_be_printed_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"path": "a.zarr", "error_stage": "read", "error_type": "UnsupportedImage"}
+    failure = {**facts, "error_message": "a.zarr: \ud800 samples"}
+    outcome = Outcome("run", Totals(failed=1), False, worst_failures=[failure])
+    print_outcome(outcome, DenoiseConfig(inputs=("in",), output="out"))
+    assert "a.zarr: \\ud800 samples" in capsys.readouterr().out
