@@ -299,6 +299,9 @@ class TestLocal(StorageContract):
             (errno.ENOSPC, StorageUnavailable, "no space is left"),
             (errno.EROFS, AccessDenied, "read-only"),
             (errno.EIO, StorageUnavailable, "Input/output error"),
+            (errno.EINVAL, StorageError, "refuses the name; rename the file"),
+            (errno.EILSEQ, StorageError, "refuses the name; rename the file"),
+            (errno.EFBIG, StorageError, "choose another output"),
         ],
     )
     def test_a_failed_write_leaves_nothing(
@@ -318,6 +321,7 @@ class TestLocal(StorageContract):
         for write in (storage.write, storage.create):
             with pytest.raises(kind, match=words) as caught:
                 write(join(root, "a.png"), b"new")
+            assert type(caught.value) is kind
             assert_one_sentence(caught.value)
         assert os.listdir(root) == ["a.png"]
         assert storage.read(join(root, "a.png")) == b"old"

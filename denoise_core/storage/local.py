@@ -35,6 +35,10 @@ from denoise_core.storage.base import (
 
 _COPY = 1 << 20  # bytes held while a large file is copied
 
+_REFUSED_NAME = (
+    "this file system refuses the name; rename the file (without ':' and the like) or choose "
+    "another output"
+)
 _OS_ERRORS: dict[int, tuple[type[StorageError], str]] = {
     errno.ENOENT: (ObjectNotFound, "there is no such file or folder"),
     errno.ENOTDIR: (ObjectNotFound, "a part of this path is a file; expected a folder"),
@@ -42,6 +46,12 @@ _OS_ERRORS: dict[int, tuple[type[StorageError], str]] = {
     errno.EISDIR: (StorageError, "is a folder; expected a file"),
     errno.ELOOP: (ObjectNotFound, "is a symbolic link that leads back to itself"),
     errno.ENAMETOOLONG: (StorageError, "the name is longer than this file system allows"),
+    errno.EINVAL: (StorageError, _REFUSED_NAME),
+    errno.EILSEQ: (StorageError, _REFUSED_NAME),
+    errno.EFBIG: (
+        StorageError,
+        "larger than this file system allows a file to be; choose another output",
+    ),
     errno.EACCES: (AccessDenied, "permission denied; give this user the right, or choose another"),
     errno.EPERM: (AccessDenied, "not permitted; give this user the right, or choose another"),
     errno.EROFS: (AccessDenied, "the file system is read-only; choose another output"),
