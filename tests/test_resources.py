@@ -17,7 +17,11 @@ EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e
 
 
 def choose(
-    cluster: dict[str, float], *, images: int = 1000, hosts: int = 1, **settings: str
+    cluster: dict[str, float],
+    *,
+    images: int = 1000,
+    hosts: tuple[int, ...] = (),
+    **settings: str,
 ) -> Resources:
     config = DenoiseConfig(inputs=("in",), output="out", **settings)
     return choose_resources(config, cluster, images=images, hosts=hosts)
@@ -40,9 +44,28 @@ def test_actors_of_lost_hosts_leave_room_for_tasks_on_the_others(
     hosts: int, each: int, left: int
 ) -> None:
     """Seen with two hosts of two CPUs: both actors on one host, and no task found room for ever."""
-    chosen = choose({"CPU": float(hosts * each)}, hosts=hosts)
+    chosen = choose({"CPU": float(hosts * each)}, hosts=(each,) * hosts)
     assert chosen.cpus >= 0.01
     assert left * each - chosen.actors[1] * chosen.cpus >= 0.9
+
+
+@pytest.mark.parametrize("images", [1, 3, 16, 1000])
+@pytest.mark.parametrize("actors", ["auto", "1", "2"])
+@pytest.mark.parametrize("hosts", [(16,) * 4, (2, 2), (1, 1, 1), (32, 4), (16,), (1,)])
+def test_actors_fit_on_one_host_each(hosts: tuple[int, ...], actors: str, images: int) -> None:
+    """Seen with four hosts of 16 CPUs: the one actor for few images asked for 31, and none came."""
+    chosen = choose({"CPU": float(sum(hosts))}, images=images, hosts=hosts, actors=actors)
+    assert 0.01 <= chosen.cpus <= max(hosts) - 0.5
+    assert chosen.threads is not None
+    assert 1 <= chosen.threads <= max(hosts)
+
+
+def test_a_few_images_get_an_actor_on_every_host() -> None:
+    hosts = (16,) * 4
+    assert choose({"CPU": 64.0}, images=16, hosts=hosts).actors == (4, 4)
+    # One large image may have regions for all.
+    assert choose({"CPU": 64.0}, images=1, hosts=hosts) == Resources((1, 4), 7.74, 0.0, 16)
+    assert choose({"CPU": 16.0}, images=1, hosts=(16,)) == Resources((1, 1), 7.99, 0.0, 16)
 
 
 def test_workers_that_are_still_to_come_must_be_stated() -> None:

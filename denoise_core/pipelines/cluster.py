@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from denoise_core.config import DenoiseConfig, EvaluateConfig, parse_actors
 from denoise_core.errors import RunFailed, StorageError, UsageError
 from denoise_core.storage import StorageOptions, join, storage_for
 
-# Up to so many images one actor is enough, with a thread for each core.
+# Up to so many images one actor on each host is enough, with a thread for each core.
 FEW_IMAGES = 16
 # Ray Data's scheduler waits for tasks, but with all of them held back by full queues it turns
 # without a pause: in a training worker it took 0.6 of a core and, by Python's lock, half the speed.
@@ -86,7 +87,8 @@ class Resources:
 
 def fit_actors(config: DenoiseConfig | EvaluateConfig, *, images: int) -> Resources:
     """Return what the actors of a run on this cluster ask for. Ray must be initialised."""
-    hosts = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    alive = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    hosts = tuple(int(cpus) for cpus in alive if cpus)
     return choose_resources(config, ray.cluster_resources(), images=images, hosts=hosts)
 
 
@@ -95,11 +97,13 @@ def choose_resources(
     cluster: dict[str, float],
     *,
     images: int,
-    hosts: int = 1,
+    hosts: Sequence[int] = (),
 ) -> Resources:
     """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
 
-    A few images get one actor: a second would be ready when they are done.
+    `hosts` are the CPUs of each, by default one of all. A few images get one actor a host: a
+    second would be ready when they are done. More than there are images come only if there is
+    work for them, as one large image may have many regions.
 
     On CPUs the actors ask for half of the cores in total, so that reading and writing never
     starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
@@ -119,13 +123,19 @@ def choose_resources(
     if gpus > 0 and share != 0.0:
         share = share or 1.0
         return Resources(wanted or (1, max(1, int(gpus / share))), 1.0, share, None)
-    most = 1 if images <= FEW_IMAGES else min(cpus, max(2, cpus // 4))
-    count = wanted or (most, most)
-    threads = max(1, cpus // count[1])
+    many, largest = len(hosts), max(hosts, default=cpus)
+    most = max(1, many)
+    least = max(1, min(most, images))
+    if images > FEW_IMAGES:
+        least = most = max(most, min(cpus, max(2, cpus // 4)))
+    count = wanted or (least, most)
     total = 0.5 * cpus
-    if hosts > 1:
-        total = min(total, cpus * (hosts // 2) / hosts - 1.0)
-    return Resources(count, max(0.01, round(total / count[1], 2) - 0.01), 0.0, threads)
+    if many > 1:
+        total = min(total, cpus * (many // 2) / many - 1.0)
+    # What is more than one host has finds no place; a task beside it needs half a CPU.
+    each = min(total / count[1], max(0.5 * largest, largest - 1.0))
+    threads = max(1, min(cpus // count[1], largest))
+    return Resources(count, max(0.01, round(each, 2) - 0.01), 0.0, threads)
 
 
 def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> Resources:
