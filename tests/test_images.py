@@ -311,6 +311,25 @@ def test_signed_integers_have_the_range_of_their_dtype(dtype: str) -> None:
         np.testing.assert_array_equal(kept[..., 0], array)
 
 
+@pytest.mark.parametrize(("most", "bits"), [(4095, 12), (1023, 10), (600, 16), (255, 16)])
+def test_maximum_that_is_no_cameras_is_a_statistic(most: int, bits: int) -> None:
+    array = np.full((HEIGHT, WIDTH), 200, "uint16")
+    data = save_tiff(array, extratags=[(281, 3, 1, most, True)])
+    assert read_header(data, name="x").bits == decode(data, name="x").header.bits == bits
+
+
+def test_pixels_above_the_told_maximum_are_not_clipped() -> None:
+    array = random_array((2, HEIGHT, WIDTH), "uint16") >> 4
+    array[1, 0, 0] = 5000
+    data = save_tiff(array, photometric="minisblack", extratags=[(281, 3, 1, 4095, True)])
+    image = decode(data, name="x")
+    assert read_header(data, name="x").bits == 12
+    assert image.header.bits == image.metadata.bits == 16
+    assert data_range(image.pixels, bits=image.header.bits) == (0, 65535)
+    out, _ = encode(image.pixels, None, image.metadata, format="npy", bit_depth="8")
+    assert decode(out, name="y").pixels[0, 0, 1] == round(5000 / 257)
+
+
 def test_lossy_tiff_compression_is_named() -> None:
     data = save_tiff(smooth(3), compression="jpeg", photometric="rgb", tile=(32, 32))
     out, lost = again(data)

@@ -6,6 +6,7 @@ import io
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
@@ -147,7 +148,8 @@ def decode(data: bytes | ZarrSource, *, name: str, max_pixels: int = MAX_PIXELS)
     """Pixels, alpha, header and metadata of a whole file or Zarr folder.
 
     Pixels are (H, W, C), C-contiguous, in native byte order and not rotated, whatever the EXIF
-    orientation says. Raises what `read_header` raises, and NonFiniteValues.
+    orientation says. `bits` are all of the dtype's where pixels are brighter than the header tells.
+    Raises what `read_header` raises, and NonFiniteValues.
     """
     header = read_header(data, name=name, max_pixels=max_pixels)
     check_size(header, name=name, max_pixels=max_pixels)
@@ -159,6 +161,9 @@ def decode(data: bytes | ZarrSource, *, name: str, max_pixels: int = MAX_PIXELS)
         )
     check_finite(samples, name=name)
     pixels, alpha = split_alpha(samples, header.has_alpha)
+    full = pixels.itemsize * 8
+    if header.bits < full and pixels.dtype.kind == "u" and pixels.max() >= 1 << header.bits:
+        header, metadata = replace(header, bits=full), replace(metadata, bits=full)
     return DecodedImage(pixels=pixels, alpha=alpha, header=header, metadata=metadata)
 
 

@@ -57,6 +57,7 @@ STRUCTURE_TAGS = frozenset((
 # fmt: on
 RESOLUTION_TAGS = (282, 283, 296)
 ICC_TAG, XMP_TAG, PHOTOSHOP_LAYERS, MAX_SAMPLE_VALUE = 34675, 700, 37724, 281
+CAMERA_MAXIMA = frozenset(2**bits - 1 for bits in range(9, 16))
 
 
 @contextmanager
@@ -209,9 +210,9 @@ def _bits(page: Any) -> int:
     if page.dtype.kind == "i" or page.bitspersample != full:
         return int(page.bitspersample)
     tag = page.tags.get(MAX_SAMPLE_VALUE)
-    most = np.max(tag.value) if tag is not None else 0
-    # 12-bit cameras: MaxSampleValue 4095 in 16 bits. Smaller ones are statistics of the picture.
-    return int(most).bit_length() if full == 16 and most >= 512 else full
+    most = int(np.max(tag.value)) if tag is not None else 0
+    # 12-bit cameras: MaxSampleValue 4095 in 16 bits. Others are statistics of the picture.
+    return most.bit_length() if full == 16 and most in CAMERA_MAXIMA else full
 
 
 def _segment(page: Any) -> tuple[int, int]:
