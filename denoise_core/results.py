@@ -8,6 +8,7 @@ Both are keyed by `image_id`; of several rows of one image the latest `finished_
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,13 +113,15 @@ def _storable(value: Any) -> Any:
 class Journal:
     """Rows of finished images, made durable in small Parquet shards as they come.
 
-    A row is safe once `flush` has returned. Many small shards are merged to one now and then.
+    A row is safe once `flush` has returned. Small shards are merged, and what that made is merged
+    again, up to PART_ROWS rows: less than twice as many are held, and a row is written four times
+    at most. A shard goes after its rows are in another: a kill in between doubles them.
     """
 
     def __init__(self, storage: Storage, out: str, *, run_id: str) -> None:
         self.storage, self.root, self.run_id = storage, journal_root(out), run_id
         self.waiting: list[Row] = []
-        self.shards: list[str] = []
+        self.shards: defaultdict[int, dict[str, int]] = defaultdict(dict)
         self.written = 0
 
     def append(self, row: Row) -> None:
@@ -129,19 +132,24 @@ class Journal:
         """Write what waits as one shard."""
         if not self.waiting:
             return
-        self._write(pa.Table.from_pylist(self.waiting, schema=SCHEMA))
+        self._write(pa.Table.from_pylist(self.waiting, schema=SCHEMA), merges=0)
         self.waiting = []
-        if len(self.shards) >= JOURNAL_SHARDS:
-            merged, self.shards = self.shards, []
-            self._write(pa.concat_tables([_read(self.storage, uri) for uri in merged]))
-            for uri in merged:
-                self.storage.delete(uri)
 
-    def _write(self, table: pa.Table) -> None:
+    def _write(self, table: pa.Table, *, merges: int) -> None:
+        """Write the rows of a shard that were merged so often; merge it with others like it."""
         uri = join(self.root, f"{self.run_id}-{self.written:06d}.parquet")
         self.storage.write(uri, _encode(table))
-        self.shards.append(uri)
         self.written += 1
+        alike = self.shards[merges]
+        if len(table) < PART_ROWS:
+            alike[uri] = len(table)
+        if len(alike) >= JOURNAL_SHARDS or sum(alike.values()) >= PART_ROWS:
+            del table, self.shards[merges]
+            self._write(
+                pa.concat_tables([_read(self.storage, each) for each in alike]), merges=merges + 1
+            )
+            for each in alike:
+                self.storage.delete(each)
 
 
 def _encode(table: pa.Table) -> memoryview:
@@ -175,28 +183,38 @@ def latest_rows(storage: Storage, out: str) -> Latest:
     """Find the last row of every image in the table and the journal, reading two columns only."""
     parts, journal = _list(storage, parts_root(out)), _list(storage, journal_root(out))
     shards = parts + journal
-    ids, times, homes, places = [], [], [], []
-    for home, uri in enumerate(shards):
+    if not shards:
+        return Latest([], [], 0, False)
+    image, moment, starts = _keys(storage, shards)
+    # Of equal times the last shard's counts: the sort keeps the order of equals.
+    order = np.lexsort((moment, image))
+    image = image[order]
+    chosen = np.sort(np.append(order[:-1][image[1:] != image[:-1]], order[-1:]))
+    places = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
+    keep = [each - start for each, start in zip(places, starts[:-1], strict=True)]
+    return Latest(shards, keep, len(chosen), bool(journal))
+
+
+def _keys(storage: Storage, shards: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image and time of every row of the shards, and where each shard's rows start and end."""
+    ids, times = [], []
+    for uri in shards:
         table = _read(storage, uri, ["image_id", "finished_at"])
         ids.append(table["image_id"].to_numpy().astype("S32"))
         times.append(table["finished_at"].cast(pa.int64()).to_numpy())
-        homes.append(np.full(len(table), home))
-        places.append(np.arange(len(table)))
-    if not shards:
-        return Latest([], [], 0, False)
-    image, moment, source, place = map(np.concatenate, (ids, times, homes, places))
-    order = np.lexsort((source, moment, image))
-    last = np.append(image[order][1:] != image[order][:-1], True) if len(order) else order
-    chosen = order[last.astype(bool)]
-    keep = [np.sort(place[chosen[source[chosen] == number]]) for number in range(len(shards))]
-    return Latest(shards, keep, len(chosen), bool(journal))
+    return np.concatenate(ids), np.concatenate(times), np.cumsum([0, *map(len, ids)])
 
 
 def iter_rows(
     storage: Storage, out: str, *, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
     """Yield tables that together hold the last row of every image once."""
-    latest = latest_rows(storage, out)
+    yield from _rows(storage, latest_rows(storage, out), columns)
+
+
+def _rows(
+    storage: Storage, latest: Latest, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
     for uri, keep in zip(latest.shards, latest.keep, strict=True):
         if len(keep):
             yield _read(storage, uri, columns).take(keep)
@@ -223,7 +241,7 @@ def publish(storage: Storage, out: str, *, run_id: str) -> int:
             rest = table.slice(PART_ROWS)
             waiting[:] = [rest] if len(rest) else []
 
-    for table in iter_rows(storage, out):
+    for table in _rows(storage, latest):
         waiting.append(table)
         write(PART_ROWS)
     write(1)
