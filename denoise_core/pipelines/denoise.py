@@ -402,9 +402,9 @@ class _Run:
                     self.assembling[whole["image_id"]] = whole
                     flow.assemble(whole)
             self._tick()
-            if not self.journal.waiting:
-                while self.assembled:
-                    flow.drop(self.assembled.pop())
+            if self.assembled and not self.journal.waiting:
+                flow.drop(self.assembled)
+                self.assembled = []
         if self.totals.done < self.totals.to_do:
             raise RunFailed(
                 f"{self.totals.to_do - self.totals.done} of {self.totals.to_do} images came to no "

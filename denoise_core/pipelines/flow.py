@@ -104,9 +104,9 @@ class Flow:
         """Have an image assembled from its regions; its final facts come out of the iteration."""
         self.assembling[assemble_image.remote(self.job, facts)] = facts
 
-    def drop(self, facts: Facts) -> None:
-        """Have an assembled image's regions deleted, now that its row is safe."""
-        drop_staged.remote(self.job, facts)
+    def drop(self, images: list[Facts]) -> None:
+        """Have the regions of assembled images deleted, now that their rows are safe."""
+        drop_staged.remote(self.job, images)
 
     def _feed(self) -> None:
         try:
@@ -222,11 +222,12 @@ def assemble_image(job: Job, facts: Facts) -> Facts:
     return {**facts, "finished_at": now()}
 
 
-@ray.remote(num_cpus=0.1, max_retries=0)
-def drop_staged(job: Job, facts: Facts) -> None:
-    """Delete an image's staged regions; those that cannot be are the end of the run's to delete."""
+@ray.remote(num_cpus=0.5, max_retries=0)
+def drop_staged(job: Job, images: list[Facts]) -> None:
+    """Delete staged regions; those that cannot be are the end of the run's to delete."""
     with suppress(StorageError):
-        drop_regions(job, facts)
+        for facts in images:
+            drop_regions(job, facts)
 
 
 def _whole(facts: Facts) -> Facts:
