@@ -23,6 +23,7 @@ from denoise_core.checkpoints import absolute_name, load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
+from denoise_core.models import architecture, build_model
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
@@ -108,7 +109,20 @@ def adapt(config: TrainConfig, preset: Preset) -> Preset:
     if config.optimizer == "adadelta" and config.learning_rate is None:
         changes["learning_rate"] = ADADELTA_RATE
     preset = with_arguments(preset, config.arguments)
-    return replace(preset, **changes, stages=stages_of(config, preset))
+    preset = replace(preset, **changes, stages=stages_of(config, preset))
+    _check_crops(preset)
+    return preset
+
+
+def _check_crops(preset: Preset) -> None:
+    """Raise UsageError for crops that the network's strides do not divide."""
+    stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
+    for stage in preset.stages:
+        if stage.crop % stride:
+            raise UsageError(
+                f"--crop {stage.crop}: the network takes sides that are multiples of {stride}; "
+                f"{-(-stage.crop // stride) * stride} is the next one."
+            )
 
 
 def with_length(config: TrainConfig, preset: Preset, data: TrainingData) -> TrainConfig:
@@ -267,8 +281,6 @@ class Trainer:
     ) -> None:
         import keras
         import tensorflow as tf
-
-        from denoise_core.models import architecture, build_model
 
         self.config, self.preset, self.rank, self.precision = config, preset, rank, precision
         self.progress = Progress()

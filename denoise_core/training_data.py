@@ -111,8 +111,9 @@ class TrainingData:
             pictures = _without(pictures, held)
         else:
             pictures, held = _split(pictures, config.validation, seed=config.seed)
-        data = TrainingData(_scaled(pictures), held)
-        data._check(config, preset)
+        side = _largest_window(config, preset)
+        data = TrainingData(_scaled(pictures, side), held)
+        data._check(config, preset, side)
         return data
 
     @property
@@ -120,9 +121,7 @@ class TrainingData:
         """Images to train on, not counting those that enter at several scales twice."""
         return sum(picture.scale == 1.0 for picture in self.training)
 
-    def _check(self, config: TrainConfig, preset: Preset) -> None:
-        crop = max(stage.crop for stage in stages_of(config, preset))
-        side = 2 * crop if config.mode == "neighbor2neighbor" else crop
+    def _check(self, config: TrainConfig, preset: Preset, side: int) -> None:
         for picture in (*self.training, *self.validation):
             height, width = picture.sides
             if not height:
@@ -261,17 +260,23 @@ def _check_channels(channels: int, name: str) -> None:
         )
 
 
-def _scaled(pictures: list[Picture]) -> list[Picture]:
-    """Let large images enter at several scales; pairs and IDX images stay as they are."""
-    return [
-        replace(picture, scale=scale)
-        for picture in pictures
-        for scale in (SCALES if _is_large(picture) else (1.0,))
-    ]
+def _scaled(pictures: list[Picture], side: int) -> list[Picture]:
+    """Let large images enter at the scales that hold crops of `side` px; pairs stay as they are."""
+    found = []
+    for picture in pictures:
+        scaled = [replace(picture, scale=s) for s in (SCALES if _is_large(picture) else (1.0,))]
+        found += [each for each in scaled if each.scale == 1.0 or min(each.sides) >= side]
+    return found
 
 
 def _is_large(picture: Picture) -> bool:
     return min(picture.height, picture.width) >= LARGE_SIDE and picture.clean_uri is None
+
+
+def _largest_window(config: TrainConfig, preset: Preset) -> int:
+    """Return the side in pixels of the largest window that is cut from an image."""
+    crop = max(stage.crop for stage in stages_of(config, preset))
+    return 2 * crop if config.mode == "neighbor2neighbor" else crop
 
 
 def stages_of(config: TrainConfig, preset: Preset) -> tuple[Any, ...]:

@@ -202,6 +202,17 @@ def test_large_images_also_enter_at_half_their_size(tmp_path):
     ]
 
 
+def test_a_half_size_copy_that_holds_no_crop_is_left_out(tmp_path):
+    write(tmp_path / "large.png", picture(1000, 1200))
+    held = (str(write(tmp_path / "validation.png", picture(600, 600))),)
+    sides = [p.sides for p in index(tmp_path, validation_data=held, crop=500).training]
+    assert sides == [(1000, 1200), (500, 600)]
+    sides = [p.sides for p in index(tmp_path, validation_data=held, crop=502).training]
+    assert sides == [(1000, 1200)]
+    noisy = {"self_supervised": "neighbor2neighbor", "crop": 252}
+    assert len(index(tmp_path, validation_data=held, **noisy).training) == 1
+
+
 def test_files_that_cannot_be_trained_on_are_named(tmp_path):
     write(tmp_path / "good.png", picture())
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -821,6 +832,10 @@ def test_what_does_not_fit_is_refused_before_the_first_step(folder):
         prepare(config(data=(str(folder),), workers=3), TINY)
     with pytest.raises(UsageError, match=r"crops of 64 px do not fit into 64x48"):
         prepare(config(data=(str(folder),), crop=64), TINY)
+    with pytest.raises(UsageError, match=r"--crop 31: .* multiples of 2; 32 is the next one"):
+        prepare(config(data=(str(folder),), crop=31), TINY)
+    with pytest.raises(UsageError, match=r"--crop 36: .* multiples of 8; 40 is the next one"):
+        prepare(config(data=(str(folder),), crop=36))
 
 
 @pytest.mark.parametrize("mode", ["neighbor2neighbor", "noise2void"])
