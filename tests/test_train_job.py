@@ -17,7 +17,7 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
-from denoise_core.errors import RunFailed
+from denoise_core.errors import DenoiseError, RunFailed
 from denoise_core.storage import storage_for
 from denoise_core.training import prepare
 
@@ -150,6 +150,37 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
         run_training(prepare(config, TINY), show=rows.append)
     assert [row for row in rows if not row.get("tick")] == []
+
+
+class Mail:
+    """A queue that holds what it was given, as Ray's does."""
+
+    def __init__(self, *items: object) -> None:
+        self.items = list(items)
+
+    def get(self, timeout: float) -> object:
+        from ray.util.queue import Empty
+
+        if not self.items:
+            raise Empty
+        return self.items.pop(0)
+
+
+def test_an_error_that_the_training_recovered_from_is_forgotten():
+    from denoise_core.pipelines.train import _read
+
+    error, tick, report = RunFailed("Disk."), {"step": 5, "tick": True}, {"step": 6}
+    for items, left in (
+        ((error,), [error]),
+        ((error, tick), [error]),
+        ((error, tick, report), []),
+        ((report, error, report, error), [error]),
+    ):
+        told: list[DenoiseError] = []
+        shown: list[dict[str, object]] = []
+        _read(Mail(*items), told=told, show=shown.append, wait_s=0.0)
+        assert told == left
+        assert shown == [item for item in items if item is not error]
 
 
 def kill_one_worker(process: subprocess.Popen[str]) -> None:

@@ -173,14 +173,20 @@ def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
 
 
 def _read(mail: Queue, *, told: list[DenoiseError], show: Show, wait_s: float) -> None:
-    """Show the rows that came within `wait_s` and whatever came with them; keep the errors."""
+    """Show the rows that came within `wait_s` and whatever came with them; keep the errors.
+
+    A report after an error says that the group was restarted and went on.
+    """
     try:
         while True:
             item = mail.get(timeout=wait_s)
             if isinstance(item, DenoiseError):
                 told.append(item)
-            else:
-                show(item)
+                continue
+            # The other ranks tick on until Ray ends them.
+            if not item.get("tick"):
+                told.clear()
+            show(item)
     except Empty:
         return
 
