@@ -200,21 +200,26 @@ def test_arguments_of_the_architecture_on_the_command_line():
             with_arguments(UNET, [text])
 
 
-def test_the_best_settings_are_a_config_of_the_training_job(tmp_path, monkeypatch):
-    """Through the real command line, up to the call of the job."""
+def trained_by(text: str, folder: Path) -> TrainConfig:
+    """Read a file of best settings by the real command line, up to the call of the job."""
     from jobs._cli import settings_command
 
-    settings = {"learning_rate": 0.00123, "loss": "mse", "noise": ["clean", "gaussian:9"]}
-    settings |= {"depth": 3, "width": 0.5}
-    text = train_toml(settings, preset=UNET, name="unet-s", notes="found\nby hand")
-    assert text.startswith("# found\n# by hand\n\npreset = ")
-    (tmp_path / "best.toml").write_text(text)
+    (folder / "best.toml").write_text(text)
     seen = []
     command = settings_command(TrainConfig, lambda c: seen.append(c) or 0, name="t", help="")
-    arguments = ["in", "--output", "out", "--steps", "5", "--config", str(tmp_path / "best.toml")]
+    arguments = ["in", "--output", "out", "--steps", "5", "--config", str(folder / "best.toml")]
     with pytest.raises(SystemExit, match="0"):
         command.main(arguments)
     (config,) = seen
+    return config
+
+
+def test_the_best_settings_are_a_config_of_the_training_job(tmp_path):
+    settings = {"learning_rate": 0.00123, "loss": "mse", "noise": ["clean", "gaussian:9"]}
+    settings |= {"depth": 3, "width": 0.5}
+    text = train_toml(settings, preset=UNET, shared=train(), notes="found\nby hand")
+    assert text.startswith("# found\n# by hand\n\npreset = ")
+    config = trained_by(text, tmp_path)
     assert (config.learning_rate, config.loss) == (0.00123, "mse")
     assert config.noise == ("clean", "gaussian:9")
     searched, _ = applied(settings, UNET, train())
@@ -224,8 +229,29 @@ def test_the_best_settings_are_a_config_of_the_training_job(tmp_path, monkeypatc
 
 
 def test_the_preset_as_it_is_needs_no_arguments():
-    text = train_toml({}, preset=UNET, name="unet-s", notes="")
+    text = train_toml({}, preset=UNET, shared=train(), notes="")
     assert tomllib.loads(text) == {"preset": "unet-s"}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"noise": ("poisson:30", "gaussian:5-20+clip"), "validation": 0.2, "seed": 4},
+        {"noisy": "n/*.png", "clean": 'c/"*.png', "precision": "float32"},
+        {"self_supervised": "noise2void", "validation_data": ("/a b", "s3://held/out")},
+    ],
+)
+def test_the_best_settings_keep_what_the_search_was_told_of_its_data(tmp_path, told):
+    shared = train(**told, validate_steps=20)
+    settings = {"learning_rate": 0.002}
+    text = train_toml(settings, preset=UNET, shared=shared, notes="")
+    config = trained_by(text, tmp_path)
+    assert config == train(**told, **settings, steps=5)
+    assert config.mode == shared.mode
+    # A noise that was searched goes before the one that the others had.
+    if "noise" in told:
+        text = train_toml({"noise": "clean"}, preset=UNET, shared=shared, notes="")
+        assert trained_by(text, tmp_path).noise == ("clean",)
 
 
 # --- tables and plots ---------------------------------------------------------------------------
@@ -559,6 +585,7 @@ def test_a_killed_search_goes_on(resumed):
 def test_a_search_leaves_a_table_a_plot_and_the_best_settings(resumed):
     _, output, _, out, _ = resumed
     best = tomllib.loads((output / "best.toml").read_text())
+    assert (best["seed"], best["precision"]) == (2, "float32")
     rows = sorted(table(output).values(), key=lambda row: int(row["rank"]))
     assert best["preset"] == "tiny"
     assert rows[0]["status"] == "done"

@@ -209,7 +209,7 @@ def _publish(search: Search, trials: list[Trial], output: Path) -> None:
     text = train_toml(
         best.settings,
         preset=search.base,
-        name=search.config.preset,
+        shared=search.shared.config,
         notes=_notes(search, best, baseline_of(trials)),
     )
     _write(output / "best.toml", text.encode())
