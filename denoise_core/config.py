@@ -357,7 +357,11 @@ class TrainConfig:
         "Steps between two validations, instead of minutes; default with epochs: one epoch.",
         metavar="N",
     )
-    checkpoint_minutes: float = setting(5.0, "Minutes between two checkpoints.", metavar="M")
+    checkpoint_minutes: float = setting(
+        5.0,
+        "Minutes between two checkpoints; several workers keep one every 500 steps.",
+        metavar="M",
+    )
     init: str | None = setting(
         None, "Checkpoint to take the first weights from.", metavar="NAME|PATH"
     )

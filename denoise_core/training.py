@@ -45,6 +45,8 @@ Batches = Iterator[tuple[Array, Array]]
 VALIDATION_SIDE = 256
 PREDICT_PIXELS = 500_000
 EMA_EVERY = 8
+# Several workers save and validate by steps, which all count alike; their clocks differ.
+CHECKPOINT_STEPS = VALIDATE_STEPS = 500
 # What Keras uses in its own binary cross-entropy.
 EPSILON = 1e-7
 # Zeiler's own rate (2012); Keras' default of 1e-3 hardly moves.
@@ -364,11 +366,23 @@ class Trainer:
             whole = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
             return [g / replicas for g in tf.clip_by_global_norm(whole, bound)[0]]
 
+        def even_out() -> None:
+            """Average the statistics of batch normalisations; Keras leaves each replica its own."""
+            statistics = model.non_trainable_weights
+            if replicas == 1 or not statistics:
+                return
+            context = tf.distribute.get_replica_context()
+            mine = [tf.convert_to_tensor(variable) for variable in statistics]
+            means = context.all_reduce(tf.distribute.ReduceOp.MEAN, mine)
+            for variable, mean in zip(statistics, means, strict=True):
+                variable.assign(mean)
+
         @tf.function
         def step(noisy: Any, clean: Any, rate: Any, squared: Any, fraction: Any) -> Any:
             def replica() -> Any:
                 loss, grads = gradients(noisy, clean, squared, fraction)
                 optimizer.apply(bounded(grads), model.trainable_variables)
+                even_out()
                 return loss
 
             optimizer.learning_rate.assign(rate)
@@ -434,11 +448,14 @@ class Trainer:
 
     def _validation_due(self, seconds: float) -> bool:
         if self.config.validate_steps is not None or self.config.workers > 1:
-            return self.progress.step % (self.config.validate_steps or 500) == 0
+            return self.progress.step % (self.config.validate_steps or VALIDATE_STEPS) == 0
         return seconds >= self.config.validate_minutes * 60.0
 
     def _checkpoint_due(self, seconds: float) -> bool:
-        return self.config.workers == 1 and seconds >= self.config.checkpoint_minutes * 60.0
+        if self.config.workers == 1:
+            return seconds >= self.config.checkpoint_minutes * 60.0
+        every = min(CHECKPOINT_STEPS, self.config.validate_steps or CHECKPOINT_STEPS)
+        return self.progress.step % every == 0
 
     def train_step(self, noisy: Array, clean: Array, *, fraction: float) -> float:
         """Take one optimizer step at that share of the schedule; return the loss."""
@@ -478,6 +495,7 @@ class Trainer:
             self.ema = current
         self.model.set_weights(self.ema)
         val_loss, psnr = self.measure()
+        val_loss = self._of_first(val_loss)
         self.model.set_weights(current)
         rate = learning_rate(self.preset, self.config, self.progress)
         best = note_validation(self.progress, val_loss, self.preset, self.config)
@@ -490,6 +508,20 @@ class Trainer:
             "rate": rate,
             "best": float(best),
         }
+
+    def _of_first(self, value: float) -> float:
+        """Return rank 0's value on every rank.
+
+        The loss decides rate and end. Machines differ in the last digits, and a rank that stops
+        alone would leave the others waiting.
+        """
+        if self.config.workers == 1:
+            return value
+        import tensorflow as tf
+
+        part = tf.constant(value if self.rank == 0 else 0.0, tf.float64)
+        parts = self.strategy.run(lambda: part)
+        return float(self.strategy.reduce(tf.distribute.ReduceOp.SUM, parts, axis=None))
 
     def measure(self) -> tuple[float, float]:
         """Return the mean loss and PSNR in dB over the held-out pairs, of the weights as they are.

@@ -16,6 +16,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from two_ranks import train_together
 
 from denoise_core import training_data
 from denoise_core.checkpoints import save_checkpoint
@@ -836,6 +837,26 @@ def test_what_does_not_fit_is_refused_before_the_first_step(folder):
         prepare(config(data=(str(folder),), crop=31), TINY)
     with pytest.raises(UsageError, match=r"--crop 36: .* multiples of 8; 40 is the next one"):
         prepare(config(data=(str(folder),), crop=36))
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_decide_alike_and_keep_one_model(tmp_path):
+    for number in range(4):
+        write(tmp_path / "train" / f"{number}.png", picture(seed=number))
+    for rank in range(2):
+        write(tmp_path / f"held{rank}" / "held.png", picture(seed=10 + rank))
+    first, second = train_together(tmp_path)
+    assert first["own"] != second["own"]
+    assert len(first["losses"]) == 2
+    assert first["losses"] == second["losses"]
+    assert first["losses"][-1] == pytest.approx(first["own"], rel=1e-5)
+    assert first["best"] == second["best"]
+    # The third step is a checkpoint between validations.
+    assert first["steps"] == second["steps"] == [3, 4, 6]
+    # Statistics of the batch normalisations, of which each rank saw other crops.
+    assert min(first["moved"]) > 0
+    for mine, its in zip(first["weights"], second["weights"], strict=True):
+        np.testing.assert_array_equal(mine, its)
 
 
 @pytest.mark.parametrize("mode", ["neighbor2neighbor", "noise2void"])
