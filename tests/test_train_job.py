@@ -17,9 +17,10 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
-from denoise_core.errors import DenoiseError, RunFailed
+from denoise_core.errors import DenoiseError, RunFailed, UsageError
 from denoise_core.storage import storage_for
 from denoise_core.training import prepare
+from jobs.train import Display
 
 STEPS, EVERY = 200, 20
 
@@ -150,6 +151,31 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
         run_training(prepare(config, TINY), show=rows.append)
     assert [row for row in rows if not row.get("tick")] == []
+
+
+def test_a_training_that_has_no_room_is_refused_on_a_machine_and_noted_on_a_cluster():
+    from denoise_core.pipelines.train import room_notes
+
+    def notes(cpus, gpus=0.0, *, grows=False, **settings):
+        config = TrainConfig(data=("in",), output="out", steps=1, **settings)
+        return room_notes(config, {"CPU": cpus, "GPU": gpus}, grows=grows)
+
+    assert notes(1.0) == notes(2.0, workers=2) == notes(1.0, workers=2, input="thread") == []
+    assert notes(2.0, workers=3) == notes(16.0, 2.0, workers=2, gpus_per_worker=1.0) == []
+    with pytest.raises(UsageError, match=r"2 worker\(s\) ask for 1\.2 CPU\(s\) .* there are 1 and"):
+        notes(1.0, workers=2)
+    with pytest.raises(UsageError, match=r"and 2 GPU\(s\); there are 16 and 1\. Give fewer"):
+        notes(16.0, 1.0, workers=2, gpus_per_worker=1.0)
+    (note,) = notes(0.0, grows=True, workers=2, gpus_per_worker=1.0)
+    assert note.startswith("2 worker(s) ask for 1.2 CPU(s) and 2 GPU(s); there are 0 and 0, and")
+    assert notes(8.0, 2.0) == ["2 GPU(s) are not used: --gpus-per-worker is 0."]
+
+
+def test_a_note_is_a_line_of_text_or_of_json(capsys):
+    for progress, line in (("plain", "Mind.\n"), ("json", '{"note": "Mind."}\n')):
+        config = TrainConfig(data=("in",), output="out", progress=progress)
+        Display(config).show({"note": "Mind."})
+        assert capsys.readouterr().out == line
 
 
 class Mail:

@@ -520,6 +520,7 @@ def test_wrong_usage_is_told_before_ray_starts(tiny, data, tmp_path, settings, s
         ({"output": "s3://bucket/x"}, "expected a local folder"),
         ({"concurrent": "0"}, "--concurrent '0'"),
         ({"gpus_per_trial": -1.0}, "--gpus-per-trial"),
+        ({"gpus_per_trial": 2.0}, "--gpus-per-trial 2: expected 0 to 1"),
         ({"stop": "median"}, "--stop 'median': expected one of halving, none"),
         ({"epochs": 1.0}, "one of --steps N"),
         ({"data": ()}, "No DATA given"),
