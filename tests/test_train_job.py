@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,8 +18,9 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
-from denoise_core.errors import DenoiseError, RunFailed, UsageError
-from denoise_core.storage import storage_for
+from denoise_core.errors import DenoiseError, OutputLocked, RunFailed, UsageError
+from denoise_core.lock import output_lock
+from denoise_core.storage import LocalStorage, storage_for
 from denoise_core.training import prepare
 from jobs.train import Display
 
@@ -169,6 +171,36 @@ def test_a_training_that_has_no_room_is_refused_on_a_machine_and_noted_on_a_clus
     (note,) = notes(0.0, grows=True, workers=2, gpus_per_worker=1.0)
     assert note.startswith("2 worker(s) ask for 1.2 CPU(s) and 2 GPU(s); there are 0 and 0, and")
     assert notes(8.0, 2.0) == ["2 GPU(s) are not used: --gpus-per-worker is 0."]
+
+
+def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
+    data, tmp_path, monkeypatch
+):
+    from denoise_core.pipelines import train
+
+    monkeypatch.setattr(train.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(train, "beside_driver", dict)
+    monkeypatch.setattr(train, "_ray_trainer", lambda *_: None)
+    monkeypatch.setattr(train, "Queue", lambda **_: SimpleNamespace(shutdown=lambda force: None))
+    output = tmp_path / "run"
+    held = output / ".denoise" / "lock.json"
+    plan = prepare(TrainConfig(data=(str(data),), output=str(output), steps=1), TINY)
+    during = []
+    monkeypatch.setattr(train, "_fit", lambda *_, **__: during.append(held.exists()))
+    with output_lock(LocalStorage(), str(output), run_id="first"):
+        with pytest.raises(OutputLocked, match=r"run first on .* is at work here"):
+            train.run_training(plan, show=print)
+        assert not (output / "train.json").exists()
+        dead = json.loads(held.read_text())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    held.write_text(json.dumps({**dead, "pid": gone.pid}))
+    started = time.monotonic()
+    assert train.run_training(plan, show=print) == str(output / "best")
+    # After a kill -9 on this machine --resume does not wait for the heartbeat to grow old.
+    assert time.monotonic() - started < 5
+    assert during == [True]
+    assert not held.exists()
 
 
 def test_a_note_is_a_line_of_text_or_of_json(capsys):

@@ -19,7 +19,8 @@ from PIL import Image
 from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.config import TrainConfig, TuneConfig
-from denoise_core.errors import RunFailed, UsageError
+from denoise_core.errors import OutputLocked, RunFailed, UsageError
+from denoise_core.lock import output_lock
 from denoise_core.presets import PRESETS, Preset
 from denoise_core.space import (
     Choices,
@@ -31,6 +32,7 @@ from denoise_core.space import (
     train_toml,
     with_arguments,
 )
+from denoise_core.storage import LocalStorage
 from denoise_core.training import adapt
 from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, ranked
 
@@ -592,7 +594,8 @@ def test_a_search_leaves_a_table_a_plot_and_the_best_settings(resumed):
     assert rows[0]["status"] == "done"
     assert rows[0]["loss"] == best.get("loss", "")
     assert Image.open(output / "tune.png").format == "PNG"
-    left = {path.name for path in output.iterdir()}
+    # Of the lock a folder stays.
+    left = {path.name for path in output.iterdir()} - {".denoise"}
     assert left == {"best.toml", "rows.json", "search.json", "trials.csv", "tune.png"}
     assert "Trials, the best first" in out
     assert f"Best: trial {rows[0]['trial']}, " in out
@@ -611,6 +614,18 @@ def test_another_search_in_one_place_is_refused(resumed, data, tiny, tmp_path):
         plan(data, tmp_path, text, resume=True, **{**settings, "steps": 9})
     with pytest.raises(UsageError, match="--resume: --space is not what the search"):
         plan(data, tmp_path, SPACE, resume=True, **settings)
+
+
+def test_a_second_search_in_one_place_is_refused_while_the_first_runs(tiny, data, tmp_path):
+    from denoise_core.pipelines.tune import run_search
+
+    search = plan(data, tmp_path)
+    with (
+        output_lock(LocalStorage(), str(tmp_path / "out"), run_id="first"),
+        pytest.raises(OutputLocked, match=r"run first on .* is at work here"),
+    ):
+        run_search(search, show=print)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".denoise"]
 
 
 @pytest.mark.ray

@@ -35,8 +35,9 @@ from ray.util.queue import Empty, Queue
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
+from denoise_core.lock import output_lock
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import beside_driver, set_data_context
+from denoise_core.pipelines.cluster import beside_driver, new_run_id, set_data_context
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
@@ -64,22 +65,23 @@ def run_training(plan: Plan, *, show: Show) -> str:
 
     A report with `tick` tells of progress between validations, one with `note` is a sentence. Ray
     must be initialised. Raises UsageError for images that do not fit and for more workers than this
-    machine holds, CheckpointError for a checkpoint that does not fit the preset, RunFailed where
-    training ended early.
+    machine holds, OutputLocked where another run holds the output, CheckpointError for a checkpoint
+    that does not fit the preset, RunFailed where training ended early.
     """
     grows = bool(os.environ.get("RAY_ADDRESS"))
     for note in room_notes(plan.config, ray.cluster_resources(), grows=grows):
         show({"note": note})
     files = RunFiles(plan.config)
-    files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
-    try:
-        mail = Queue(actor_options=beside_driver())
-        _fit(_ray_trainer(plan, mail), mail=mail, show=show)
-    except ray.exceptions.RayError as error:
-        raise RunFailed(
-            f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
-        ) from error
-    mail.shutdown(force=True)
+    with output_lock(files.storage, files.root, run_id=new_run_id()):
+        files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
+        try:
+            mail = Queue(actor_options=beside_driver())
+            _fit(_ray_trainer(plan, mail), mail=mail, show=show)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(
+                f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
+            ) from error
+        mail.shutdown(force=True)
     return files.uri("best")
 
 
