@@ -372,7 +372,8 @@ class Trainer:
             if replicas == 1 or not statistics:
                 return
             context = tf.distribute.get_replica_context()
-            mine = [tf.convert_to_tensor(variable) for variable in statistics]
+            # Copies, since a variable's own value has no device for the sum to go to.
+            mine = [tf.identity(variable.value) for variable in statistics]
             means = context.all_reduce(tf.distribute.ReduceOp.MEAN, mine)
             for variable, mean in zip(statistics, means, strict=True):
                 variable.assign(mean)
@@ -520,8 +521,13 @@ class Trainer:
         import tensorflow as tf
 
         part = tf.constant(value if self.rank == 0 else 0.0, tf.float64)
-        parts = self.strategy.run(lambda: part)
-        return float(self.strategy.reduce(tf.distribute.ReduceOp.SUM, parts, axis=None))
+
+        @tf.function
+        def whole() -> Any:
+            parts = self.strategy.run(lambda: part)
+            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, parts, axis=None)
+
+        return float(whole())
 
     def measure(self) -> tuple[float, float]:
         """Return the mean loss and PSNR in dB over the held-out pairs, of the weights as they are.

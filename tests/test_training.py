@@ -839,7 +839,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(folder):
         prepare(config(data=(str(folder),), crop=36))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_ranks_decide_alike_and_keep_one_model(tmp_path):
     for number in range(4):
         write(tmp_path / "train" / f"{number}.png", picture(seed=number))

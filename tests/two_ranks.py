@@ -37,7 +37,7 @@ def train_together(folder: Path) -> list[dict[str, Any]]:
             )
         )
     try:
-        printed = [rank.communicate(timeout=200)[0] for rank in ranks]
+        printed = [rank.communicate(timeout=400)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
