@@ -357,7 +357,11 @@ class TrainConfig:
         "Steps between two validations, instead of minutes; default with epochs: one epoch.",
         metavar="N",
     )
-    checkpoint_minutes: float = setting(5.0, "Minutes between two checkpoints.", metavar="M")
+    checkpoint_minutes: float = setting(
+        5.0,
+        "Minutes between two checkpoints; several workers keep one every 500 steps.",
+        metavar="M",
+    )
     init: str | None = setting(
         None, "Checkpoint to take the first weights from.", metavar="NAME|PATH"
     )
@@ -372,7 +376,9 @@ class TrainConfig:
         choices=("ray", "thread"),
     )
     workers: int = setting(1, "Data-parallel workers.", metavar="N")
-    gpus_per_worker: float = setting(0.0, "GPUs of one worker.", metavar="F")
+    gpus_per_worker: float = setting(
+        0.0, "GPUs of one worker; a fraction shares one.", metavar="0..1"
+    )
     threads: int | None = setting(None, "CPU threads of one worker.", metavar="N")
     max_failures: int = setting(3, "Times the worker group is restarted.", metavar="N")
     resume: bool = setting(False, "Go on from the last checkpoint in --output.")
@@ -439,9 +445,14 @@ class TrainConfig:
             value = getattr(self, name)
             flag = name.replace("_", "-")
             require(value is None or value >= 1, f"--{flag}: expected a number from 1.")
-        for name in ("warmup_steps", "max_failures", "gpus_per_worker", "weight_decay", "seed"):
+        for name in ("warmup_steps", "max_failures", "weight_decay", "seed"):
             value, flag = getattr(self, name), name.replace("_", "-")
             require(value is None or value >= 0, f"--{flag}: expected a number from 0.")
+        require(
+            0 <= self.gpus_per_worker <= 1,
+            f"--gpus-per-worker {self.gpus_per_worker:g}: expected 0 to 1, since a worker trains "
+            "on one GPU; for more give --workers.",
+        )
         for name in ("validate_minutes", "checkpoint_minutes"):
             flag = name.replace("_", "-")
             require(getattr(self, name) > 0, f"--{flag}: expected a number above 0.")
@@ -498,7 +509,7 @@ class TuneConfig:
         "Trials at one time, which share the CPUs; auto: one for two CPUs, or by the GPUs.",
         metavar="auto|N",
     )
-    gpus_per_trial: float = setting(0.0, "GPUs of one trial; fractions share one.", metavar="F")
+    gpus_per_trial: float = setting(0.0, "GPUs of one trial; fractions share one.", metavar="0..1")
     precision: str = setting(
         "auto",
         "Compute type; auto: bfloat16 where the device is fast at it.",
@@ -517,7 +528,11 @@ class TuneConfig:
         )
         require(self.trials >= 1, "--trials: expected a number from 1.")
         require(self.max_failures >= 0, "--max-failures: expected a number from 0.")
-        require(0 <= self.gpus_per_trial < math.inf, "--gpus-per-trial: expected a number from 0.")
+        require(
+            0 <= self.gpus_per_trial <= 1,
+            f"--gpus-per-trial {self.gpus_per_trial:g}: expected 0 to 1, since a trial trains on "
+            "one GPU.",
+        )
         parse_auto_int(self.concurrent, name="concurrent", words=("auto",), low=1)
         self.training()
 

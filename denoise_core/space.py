@@ -18,7 +18,7 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,18 @@ TRAINING = (
 """The settings of `jobs.train` that may be searched."""
 
 SHAPE = ("width", "depth", "arguments")
+# What a search was told of its data: a training with the settings it found needs to know it too.
+TOLD = (
+    "noise",
+    "noisy",
+    "clean",
+    "self_supervised",
+    "validation",
+    "validation_data",
+    "precision",
+    "seed",
+    "s3_endpoint",
+)
 # What the data decide, not a search.
 FIXED = ("channels", "size")
 FORM = (
@@ -258,12 +270,16 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
         ) from error
 
 
-def train_toml(settings: Settings, *, preset: Preset, name: str, notes: str) -> str:
+def train_toml(settings: Settings, *, preset: Preset, shared: TrainConfig, notes: str) -> str:
     """Return a configuration file for `jobs.train --config` with a trial's settings.
 
+    Of the `shared` settings it has the preset's name and those of TOLD that are not the default.
     `notes` are lines for its head; the architecture's arguments stand there as they turned out.
     """
-    own = [f"preset = {json.dumps(name)}"]
+    own = [f"preset = {json.dumps(shared.preset)}"]
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    told = {key: getattr(shared, key) for key in TOLD if getattr(shared, key) != defaults[key]}
+    own += [f"{key} = {_toml(value)}" for key, value in told.items() if key not in settings]
     own += [f"{key} = {_toml(settings[key])}" for key in TRAINING if key in settings]
     shape = {key: value for key, value in settings.items() if key not in TRAINING}
     arguments = shaped(preset.arguments, shape)

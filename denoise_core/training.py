@@ -23,6 +23,7 @@ from denoise_core.checkpoints import absolute_name, load_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
+from denoise_core.models import architecture, build_model
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
@@ -44,6 +45,8 @@ Batches = Iterator[tuple[Array, Array]]
 VALIDATION_SIDE = 256
 PREDICT_PIXELS = 500_000
 EMA_EVERY = 8
+# Several workers save and validate by steps, which all count alike; their clocks differ.
+CHECKPOINT_STEPS = VALIDATE_STEPS = 500
 # What Keras uses in its own binary cross-entropy.
 EPSILON = 1e-7
 # Zeiler's own rate (2012); Keras' default of 1e-3 hardly moves.
@@ -108,7 +111,20 @@ def adapt(config: TrainConfig, preset: Preset) -> Preset:
     if config.optimizer == "adadelta" and config.learning_rate is None:
         changes["learning_rate"] = ADADELTA_RATE
     preset = with_arguments(preset, config.arguments)
-    return replace(preset, **changes, stages=stages_of(config, preset))
+    preset = replace(preset, **changes, stages=stages_of(config, preset))
+    _check_crops(preset)
+    return preset
+
+
+def _check_crops(preset: Preset) -> None:
+    """Raise UsageError for crops that the network's strides do not divide."""
+    stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
+    for stage in preset.stages:
+        if stage.crop % stride:
+            raise UsageError(
+                f"--crop {stage.crop}: the network takes sides that are multiples of {stride}; "
+                f"{-(-stage.crop // stride) * stride} is the next one."
+            )
 
 
 def with_length(config: TrainConfig, preset: Preset, data: TrainingData) -> TrainConfig:
@@ -268,8 +284,6 @@ class Trainer:
         import keras
         import tensorflow as tf
 
-        from denoise_core.models import architecture, build_model
-
         self.config, self.preset, self.rank, self.precision = config, preset, rank, precision
         self.progress = Progress()
         self.sampler = Sampler.make(data.training, config, preset)
@@ -310,7 +324,7 @@ class Trainer:
 
     def _compiled(self, tf: Any) -> bool:
         """Return whether XLA compiles the gradients."""
-        # Replicas average the statistics of a batch normalisation, which XLA cannot compile.
+        # XLA was seen to compile batch normalisations of two workers on CPUs; not tried on GPUs.
         if not self.preset.xla or (self.config.workers > 1 and _has_state(self.model)):
             return False
         # On CPUs XLA computes bfloat16 no faster than float32; oneDNN, without it, in 2/3 the time.
@@ -352,11 +366,24 @@ class Trainer:
             whole = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
             return [g / replicas for g in tf.clip_by_global_norm(whole, bound)[0]]
 
+        def even_out() -> None:
+            """Average the statistics of batch normalisations; Keras leaves each replica its own."""
+            statistics = model.non_trainable_weights
+            if replicas == 1 or not statistics:
+                return
+            context = tf.distribute.get_replica_context()
+            # Copies, since a variable's own value has no device for the sum to go to.
+            mine = [tf.identity(variable.value) for variable in statistics]
+            means = context.all_reduce(tf.distribute.ReduceOp.MEAN, mine)
+            for variable, mean in zip(statistics, means, strict=True):
+                variable.assign(mean)
+
         @tf.function
         def step(noisy: Any, clean: Any, rate: Any, squared: Any, fraction: Any) -> Any:
             def replica() -> Any:
                 loss, grads = gradients(noisy, clean, squared, fraction)
                 optimizer.apply(bounded(grads), model.trainable_variables)
+                even_out()
                 return loss
 
             optimizer.learning_rate.assign(rate)
@@ -422,11 +449,14 @@ class Trainer:
 
     def _validation_due(self, seconds: float) -> bool:
         if self.config.validate_steps is not None or self.config.workers > 1:
-            return self.progress.step % (self.config.validate_steps or 500) == 0
+            return self.progress.step % (self.config.validate_steps or VALIDATE_STEPS) == 0
         return seconds >= self.config.validate_minutes * 60.0
 
     def _checkpoint_due(self, seconds: float) -> bool:
-        return self.config.workers == 1 and seconds >= self.config.checkpoint_minutes * 60.0
+        if self.config.workers == 1:
+            return seconds >= self.config.checkpoint_minutes * 60.0
+        every = min(CHECKPOINT_STEPS, self.config.validate_steps or CHECKPOINT_STEPS)
+        return self.progress.step % every == 0
 
     def train_step(self, noisy: Array, clean: Array, *, fraction: float) -> float:
         """Take one optimizer step at that share of the schedule; return the loss."""
@@ -466,6 +496,7 @@ class Trainer:
             self.ema = current
         self.model.set_weights(self.ema)
         val_loss, psnr = self.measure()
+        val_loss = self._of_first(val_loss)
         self.model.set_weights(current)
         rate = learning_rate(self.preset, self.config, self.progress)
         best = note_validation(self.progress, val_loss, self.preset, self.config)
@@ -478,6 +509,25 @@ class Trainer:
             "rate": rate,
             "best": float(best),
         }
+
+    def _of_first(self, value: float) -> float:
+        """Return rank 0's value on every rank.
+
+        The loss decides rate and end. Machines differ in the last digits, and a rank that stops
+        alone would leave the others waiting.
+        """
+        if self.config.workers == 1:
+            return value
+        import tensorflow as tf
+
+        part = tf.constant(value if self.rank == 0 else 0.0, tf.float64)
+
+        @tf.function
+        def whole() -> Any:
+            parts = self.strategy.run(lambda: part)
+            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, parts, axis=None)
+
+        return float(whole())
 
     def measure(self) -> tuple[float, float]:
         """Return the mean loss and PSNR in dB over the held-out pairs, of the weights as they are.

@@ -12,6 +12,7 @@ window that moves through its shuffled list, so that every image is read about o
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections import OrderedDict
@@ -59,7 +60,7 @@ class Picture:
     """One image to draw from, not yet read. `clean_uri` is a noisy image's partner.
 
     `member` is the place in an IDX file; `scale` reduces the image. Sides are those of the file in
-    pixels, 0 where it was not opened.
+    pixels, 0 where it was not opened. `path` is the one below DATA.
     """
 
     uri: str
@@ -69,11 +70,17 @@ class Picture:
     member: int | None = None
     scale: float = 1.0
     clean_uri: str | None = None
+    path: str = ""
 
     @property
     def name(self) -> str:
         """The URI, with the place in an IDX file."""
         return self.uri if self.member is None else f"{self.uri}#{self.member}"
+
+    @property
+    def names(self) -> set[str]:
+        """What must not be both trained on and held out: the name, and that of a partner."""
+        return {self.name, self.clean_uri or self.name}
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -95,16 +102,18 @@ class TrainingData:
     def index(config: TrainConfig, preset: Preset) -> TrainingData:
         """List, open headers, check against the preset, hold out a seeded share of the files.
 
-        Raises UsageError for no images, pairs without partner, unreadable files, and images that do
-        not fit the preset.
+        Images of --validation-data are not trained on, wherever they lie. Raises UsageError for no
+        images, pairs without partner, unreadable files, and images that do not fit the preset.
         """
         pictures = find_pictures(config.data, config)
         if config.validation_data:
             held = find_pictures(config.validation_data, config)
+            pictures = _without(pictures, held)
         else:
             pictures, held = _split(pictures, config.validation, seed=config.seed)
-        data = TrainingData(_scaled(pictures), held)
-        data._check(config, preset)
+        side = _largest_window(config, preset)
+        data = TrainingData(_scaled(pictures, side), held)
+        data._check(config, preset, side)
         return data
 
     @property
@@ -112,13 +121,12 @@ class TrainingData:
         """Images to train on, not counting those that enter at several scales twice."""
         return sum(picture.scale == 1.0 for picture in self.training)
 
-    def _check(self, config: TrainConfig, preset: Preset) -> None:
-        crop = max(stage.crop for stage in stages_of(config, preset))
-        side = 2 * crop if config.mode == "neighbor2neighbor" else crop
+    def _check(self, config: TrainConfig, preset: Preset, side: int) -> None:
         for picture in (*self.training, *self.validation):
             height, width = picture.sides
             if not height:
                 continue
+            _check_channels(picture.channels, picture.name)
             if preset.sample is not None and (height, width) != preset.sample:
                 want = "x".join(map(str, reversed(preset.sample)))
                 raise UsageError(
@@ -136,15 +144,22 @@ class TrainingData:
 def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
     """Return the pictures of folders, files, globs and prefixes, sorted by path and opened.
 
-    Raises UsageError where there are none, or one cannot be trained on.
+    Each comes once, and none of those below the output, unless DATA lies there itself. Raises
+    UsageError where there are none, or one cannot be trained on.
     """
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
-    entries = sorted(_listed(data, options), key=lambda entry: (entry.path, entry.uri))
+    listed: dict[str, Entry] = {}
+    for entry in _listed(data, config, options):
+        listed.setdefault(entry.uri, entry)
+    entries = sorted(listed.values(), key=lambda entry: (entry.path, entry.uri))
     if config.noisy is not None:
         noisy = matched(entries, config.noisy, flag="noisy")
         clean = matched(entries, config.clean or "", flag="clean")
         refuse_unpaired(noisy, clean)
-        pictures = [Picture(noisy[key].uri, clean_uri=clean[key].uri) for key in sorted(noisy)]
+        pictures = [
+            Picture(noisy[key].uri, clean_uri=clean[key].uri, path=noisy[key].path)
+            for key in sorted(noisy)
+        ]
     else:
         pictures = [p for entry in entries for p in _pictures(entry, options)]
     if not pictures:
@@ -158,13 +173,24 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
         return list(pool.map(lambda p: p if p.height else _opened(p, options), pictures))
 
 
-def _listed(data: Sequence[str], options: StorageOptions) -> Iterator[Entry]:
+def _listed(data: Sequence[str], config: TrainConfig, options: StorageOptions) -> Iterator[Entry]:
+    output = f"{config.output.rstrip('/')}/"
     try:
-        for found in expand(data, options):
-            if not isinstance(found, Entry):
-                raise found[1]
-            if found.uri in data or _is_wanted(found.path.rpartition("/")[2].lower()):
-                yield found
+        for text in data:
+            if f"{text.rstrip('/')}/" == output:
+                raise UsageError(
+                    f"--output {config.output} is where images are taken from, and the run's own "
+                    "pictures would be among them: name another folder."
+                )
+            # What a run leaves, its samples and curves, is no photograph.
+            own = "" if text.startswith(output) else output
+            for found in expand([text], options):
+                if not isinstance(found, Entry):
+                    raise found[1]
+                if own and found.uri.startswith(own):
+                    continue
+                if found.uri in data or _is_wanted(found.path.rpartition("/")[2].lower()):
+                    yield found
     except ObjectNotFound as error:
         raise UsageError(f"No images found in {', '.join(data)}: {error}") from error
 
@@ -178,11 +204,13 @@ def _is_wanted(name: str) -> bool:
 
 def _pictures(entry: Entry, options: StorageOptions) -> list[Picture]:
     if not is_idx(entry.path):
-        return [Picture(entry.uri)]
+        return [Picture(entry.uri, path=entry.path)]
     array = _idx_array(entry.uri, options)
     count, height, width = array.shape[:3]
     channels = array.shape[3] if array.ndim == 4 else 1
-    return [Picture(entry.uri, height, width, channels, member=i) for i in range(count)]
+    return [
+        Picture(entry.uri, height, width, channels, member=i, path=entry.path) for i in range(count)
+    ]
 
 
 def _opened(picture: Picture, options: StorageOptions) -> Picture:
@@ -197,8 +225,9 @@ def _opened(picture: Picture, options: StorageOptions) -> Picture:
 def _split(
     pictures: list[Picture], share: float, *, seed: int
 ) -> tuple[list[Picture], list[Picture]]:
-    order = np.random.default_rng(seed).permutation(len(pictures))
-    held = {int(i) for i in order[: max(1, round(len(pictures) * share))]}
+    # By hashes, not by places: where a file came or went, a resumed run holds out the same others.
+    order = sorted(range(len(pictures)), key=lambda index: _draw(pictures[index], seed))
+    held = set(order[: max(1, round(len(pictures) * share))])
     if len(held) == len(pictures):
         raise UsageError(
             f"{len(pictures)} image(s) cannot be split into training and validation: give more, or "
@@ -210,17 +239,44 @@ def _split(
     return parts
 
 
-def _scaled(pictures: list[Picture]) -> list[Picture]:
-    """Let large images enter at several scales; pairs and IDX images stay as they are."""
-    return [
-        replace(picture, scale=scale)
-        for picture in pictures
-        for scale in (SCALES if _is_large(picture) else (1.0,))
-    ]
+def _draw(picture: Picture, seed: int) -> bytes:
+    """Return a random value of a picture's own: of its path, so that DATA may be moved."""
+    text = f"{seed}\0{picture.path}\0{picture.member}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+def _without(pictures: list[Picture], held: list[Picture]) -> list[Picture]:
+    names = {name for picture in held for name in picture.names}
+    left = [picture for picture in pictures if names.isdisjoint(picture.names)]
+    if not left:
+        raise UsageError("--validation-data holds all images of DATA: none is left to train on.")
+    return left
+
+
+def _check_channels(channels: int, name: str) -> None:
+    if channels not in (1, 3):
+        raise UsageError(
+            f"{name}: training takes images of 1 or 3 channels, got {channels}. Leave it out."
+        )
+
+
+def _scaled(pictures: list[Picture], side: int) -> list[Picture]:
+    """Let large images enter at the scales that hold crops of `side` px; pairs stay as they are."""
+    found = []
+    for picture in pictures:
+        scaled = [replace(picture, scale=s) for s in (SCALES if _is_large(picture) else (1.0,))]
+        found += [each for each in scaled if each.scale == 1.0 or min(each.sides) >= side]
+    return found
 
 
 def _is_large(picture: Picture) -> bool:
     return min(picture.height, picture.width) >= LARGE_SIDE and picture.clean_uri is None
+
+
+def _largest_window(config: TrainConfig, preset: Preset) -> int:
+    """Return the side in pixels of the largest window that is cut from an image."""
+    crop = max(stage.crop for stage in stages_of(config, preset))
+    return 2 * crop if config.mode == "neighbor2neighbor" else crop
 
 
 def stages_of(config: TrainConfig, preset: Preset) -> tuple[Any, ...]:
@@ -300,16 +356,13 @@ class Library:
 
     def _fit(self, image: Array, uri: str) -> Array:
         """Return the image with the network's channels: grey repeated, colour turned to luma."""
+        _check_channels(image.shape[2], uri)
         if image.shape[2] == self.channels:
             return image
         if image.shape[2] == 1:
             return np.repeat(image, self.channels, axis=2)
-        if image.shape[2] == 3 and self.channels == 1:
-            luma = image.astype(np.float32) @ LUMA
-            return luma if image.dtype.kind == "f" else np.rint(luma).astype(image.dtype)
-        raise UsageError(
-            f"{uri}: training takes images of 1 or 3 channels, got {image.shape[2]}. Leave it out."
-        )
+        luma: Array = image.astype(np.float32) @ LUMA
+        return luma if image.dtype.kind == "f" else np.rint(luma).astype(image.dtype)
 
 
 def _filling(pixels: Array, bits: int) -> Array:

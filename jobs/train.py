@@ -56,6 +56,9 @@ class Display:
         if "export" in row:
             self.exported = row
             return
+        if "note" in row:
+            self.note(row["note"])
+            return
         if row.get("best"):
             self.best = row
         if self.bar is not None:
@@ -69,6 +72,13 @@ class Display:
             self.bar.progress.console.print(line(row), markup=False, highlight=False)
         else:
             click.echo(line(row))
+
+    def note(self, text: str) -> None:
+        """Show a sentence, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.progress.console.print(text, markup=False, highlight=False)
+        else:
+            click.echo(json.dumps({"note": text}) if self.json else text)
 
     def finish(self, best: str) -> None:
         """Print the best figures and the path of the model."""

@@ -94,6 +94,7 @@ def test_what_denoise_cannot_use_is_refused_by_its_flag(settings):
         {"validate_steps": 0},
         {"checkpoint_minutes": -1.0},
         {"gpus_per_worker": -1.0},
+        {"gpus_per_worker": 2.0},
         {"threads": 0},
         {"max_failures": -1},
         {"precision": "float16"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from denoise_core import export
-from denoise_core.checkpoints import save_checkpoint
+from denoise_core.checkpoints import Checkpoint, save_checkpoint
 from denoise_core.errors import CheckpointError, UsageError
 from denoise_core.export import check_export, export_model
 from denoise_core.models import architecture, build_model, input_size
@@ -62,6 +62,29 @@ def test_an_export_gives_the_values_of_the_model(tmp_path, name, format):
     assert 0 <= worst < 1e-5
     assert path.is_file() if format == "onnx" else (path / "saved_model.pb").is_file()
     assert [each.name for each in path.parent.iterdir()] == ["exported"]
+
+
+def test_the_model_is_compared_on_the_cpu_where_there_is_no_tf32(tmp_path, monkeypatch):
+    from tensorflow.python.eager import context
+
+    places = []
+    build = Checkpoint.build
+
+    class Watched:
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, *arguments, **more):
+            places.append(context.context().device_name)
+            return self.model(*arguments, **more)
+
+        def export(self, *arguments, **more):
+            return self.model.export(*arguments, **more)
+
+    monkeypatch.setattr(Checkpoint, "build", lambda self, **more: Watched(build(self, **more)))
+    export_model(make(tmp_path / "model", "dense"), format="savedmodel", path=tmp_path / "out")
+    assert len(places) == 2
+    assert all(place.endswith("CPU:0") for place in places)
 
 
 @needs_onnx

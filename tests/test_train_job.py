@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,9 +18,11 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
-from denoise_core.errors import RunFailed
-from denoise_core.storage import storage_for
+from denoise_core.errors import DenoiseError, OutputLocked, RunFailed, UsageError
+from denoise_core.lock import output_lock
+from denoise_core.storage import LocalStorage, storage_for
 from denoise_core.training import prepare
+from jobs.train import Display
 
 STEPS, EVERY = 200, 20
 
@@ -150,6 +153,92 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
         run_training(prepare(config, TINY), show=rows.append)
     assert [row for row in rows if not row.get("tick")] == []
+
+
+def test_a_training_that_has_no_room_is_refused_on_a_machine_and_noted_on_a_cluster():
+    from denoise_core.pipelines.train import room_notes
+
+    def notes(cpus, gpus=0.0, *, grows=False, **settings):
+        config = TrainConfig(data=("in",), output="out", steps=1, **settings)
+        return room_notes(config, {"CPU": cpus, "GPU": gpus}, grows=grows)
+
+    assert notes(1.0) == notes(2.0, workers=2) == notes(1.0, workers=2, input="thread") == []
+    assert notes(2.0, workers=3) == notes(16.0, 2.0, workers=2, gpus_per_worker=1.0) == []
+    with pytest.raises(UsageError, match=r"2 worker\(s\) ask for 1\.2 CPU\(s\) .* there are 1 and"):
+        notes(1.0, workers=2)
+    with pytest.raises(UsageError, match=r"and 2 GPU\(s\); there are 16 and 1\. Give fewer"):
+        notes(16.0, 1.0, workers=2, gpus_per_worker=1.0)
+    (note,) = notes(0.0, grows=True, workers=2, gpus_per_worker=1.0)
+    assert note.startswith("2 worker(s) ask for 1.2 CPU(s) and 2 GPU(s); there are 0 and 0, and")
+    assert notes(8.0, 2.0) == ["2 GPU(s) are not used: --gpus-per-worker is 0."]
+
+
+def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
+    data, tmp_path, monkeypatch
+):
+    from denoise_core.pipelines import train
+
+    monkeypatch.setattr(train.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(train, "beside_driver", dict)
+    monkeypatch.setattr(train, "_ray_trainer", lambda *_: None)
+    monkeypatch.setattr(train, "Queue", lambda **_: SimpleNamespace(shutdown=lambda force: None))
+    output = tmp_path / "run"
+    held = output / ".denoise" / "lock.json"
+    plan = prepare(TrainConfig(data=(str(data),), output=str(output), steps=1), TINY)
+    during = []
+    monkeypatch.setattr(train, "_fit", lambda *_, **__: during.append(held.exists()))
+    with output_lock(LocalStorage(), str(output), run_id="first"):
+        with pytest.raises(OutputLocked, match=r"run first on .* is at work here"):
+            train.run_training(plan, show=print)
+        assert not (output / "train.json").exists()
+        dead = json.loads(held.read_text())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    held.write_text(json.dumps({**dead, "pid": gone.pid}))
+    started = time.monotonic()
+    assert train.run_training(plan, show=print) == str(output / "best")
+    # After a kill -9 on this machine --resume does not wait for the heartbeat to grow old.
+    assert time.monotonic() - started < 5
+    assert during == [True]
+    assert not held.exists()
+
+
+def test_a_note_is_a_line_of_text_or_of_json(capsys):
+    for progress, line in (("plain", "Mind.\n"), ("json", '{"note": "Mind."}\n')):
+        config = TrainConfig(data=("in",), output="out", progress=progress)
+        Display(config).show({"note": "Mind."})
+        assert capsys.readouterr().out == line
+
+
+class Mail:
+    """A queue that holds what it was given, as Ray's does."""
+
+    def __init__(self, *items: object) -> None:
+        self.items = list(items)
+
+    def get(self, timeout: float) -> object:
+        from ray.util.queue import Empty
+
+        if not self.items:
+            raise Empty
+        return self.items.pop(0)
+
+
+def test_an_error_that_the_training_recovered_from_is_forgotten():
+    from denoise_core.pipelines.train import _read
+
+    error, tick, report = RunFailed("Disk."), {"step": 5, "tick": True}, {"step": 6}
+    for items, left in (
+        ((error,), [error]),
+        ((error, tick), [error]),
+        ((error, tick, report), []),
+        ((report, error, report, error), [error]),
+    ):
+        told: list[DenoiseError] = []
+        shown: list[dict[str, object]] = []
+        _read(Mail(*items), told=told, show=shown.append, wait_s=0.0)
+        assert told == left
+        assert shown == [item for item in items if item is not error]
 
 
 def kill_one_worker(process: subprocess.Popen[str]) -> None:

@@ -16,6 +16,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from two_ranks import train_together
 
 from denoise_core import training_data
 from denoise_core.checkpoints import save_checkpoint
@@ -126,10 +127,10 @@ def index(*data, preset=TINY, **settings) -> TrainingData:
 
 
 def test_images_are_found_sorted_and_by_ending(tmp_path):
-    for name in ("b/2.PNG", "a.jpg", "c.tif"):
+    for name in ("b/2.PNG", "a.jpg", "c.tif", "d.png"):
         write(tmp_path / name, picture())
     (tmp_path / "notes.txt").write_text("no image")
-    found = index(tmp_path, validation_data=(str(tmp_path / "a.jpg"),))
+    found = index(tmp_path, validation_data=(str(tmp_path / "d.png"),))
     assert [Path(p.uri).name for p in found.training] == ["a.jpg", "2.PNG", "c.tif"]
     assert [(p.height, p.width, p.channels) for p in found.training] == [(48, 64, 3)] * 3
     with pytest.raises(UsageError, match=r"No images found in .*none"):
@@ -192,13 +193,25 @@ def test_a_library_keeps_no_more_than_it_may(tmp_path):
 def test_large_images_also_enter_at_half_their_size(tmp_path):
     write(tmp_path / "large.png", picture(1000, 1200))
     write(tmp_path / "small.png", picture())
-    found = index(tmp_path, validation_data=(str(tmp_path / "small.png"),))
+    held = write(tmp_path / "validation.png", picture())
+    found = index(tmp_path, validation_data=(str(held),))
     assert [p.sides for p in found.training] == [(1000, 1200), (500, 600), (48, 64)]
     assert found.files == 2
     library = Library(StorageOptions(), channels=3)
     assert [library.get(p)[0].shape[:2] for p in found.training] == [
         p.sides for p in found.training
     ]
+
+
+def test_a_half_size_copy_that_holds_no_crop_is_left_out(tmp_path):
+    write(tmp_path / "large.png", picture(1000, 1200))
+    held = (str(write(tmp_path / "validation.png", picture(600, 600))),)
+    sides = [p.sides for p in index(tmp_path, validation_data=held, crop=500).training]
+    assert sides == [(1000, 1200), (500, 600)]
+    sides = [p.sides for p in index(tmp_path, validation_data=held, crop=502).training]
+    assert sides == [(1000, 1200)]
+    noisy = {"self_supervised": "neighbor2neighbor", "crop": 252}
+    assert len(index(tmp_path, validation_data=held, **noisy).training) == 1
 
 
 def test_files_that_cannot_be_trained_on_are_named(tmp_path):
@@ -233,6 +246,67 @@ def test_validation_images_are_held_out_by_the_seed(folder):
     assert {p.uri for p in first.validation} & {p.uri for p in first.training} == set()
     with pytest.raises(UsageError, match=r"1 image\(s\) cannot be split"):
         index(folder / "0.png")
+
+
+def test_what_is_validated_on_is_not_trained_on_wherever_it_lies(tmp_path):
+    for name in ("a.png", "b.png", "held/c.png", "held/d.png"):
+        write(tmp_path / name, picture())
+    found = index(tmp_path, validation_data=(str(tmp_path / "held"),))
+    assert [Path(p.uri).name for p in found.training] == ["a.png", "b.png"]
+    assert [Path(p.uri).name for p in found.validation] == ["c.png", "d.png"]
+    pairs = {"noisy": "*_n.png", "clean": "*_c.png"}
+    for name in ("1_n", "1_c", "held/2_n", "held/2_c"):
+        write(tmp_path / "pairs" / f"{name}.png", picture())
+    found = index(tmp_path / "pairs", validation_data=(str(tmp_path / "pairs/held"),), **pairs)
+    assert [Path(p.uri).name for p in found.training] == ["1_n.png"]
+    with pytest.raises(UsageError, match="--validation-data holds all images of DATA"):
+        index(tmp_path / "held", validation_data=(str(tmp_path),))
+
+
+def test_an_image_that_several_data_stand_for_comes_once(folder):
+    once = index(folder)
+    assert index(folder, folder / "3.png", f"{folder}/*.png") == once
+    assert len(once.training) + len(once.validation) == 7
+
+
+def test_one_image_more_or_less_moves_no_other_to_the_held_out_ones(tmp_path):
+    for number in range(40):
+        write(tmp_path / "a" / f"{number:02}.png", picture(16, 16))
+
+    def held(folder):
+        return {p.path for p in index(folder, validation=0.25, crop=16).validation}
+
+    before = held(tmp_path / "a")
+    assert len(before) == 10
+    # Wherever the folder is mounted.
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert held(tmp_path / "b") == before
+    write(tmp_path / "b" / "00_new.png", picture(16, 16))
+    assert len(before - held(tmp_path / "b")) <= 1
+    (tmp_path / "b" / "00_new.png").unlink()
+    trained = next(f"{number:02}.png" for number in range(40) if f"{number:02}.png" not in before)
+    (tmp_path / "b" / trained).unlink()
+    assert held(tmp_path / "b") == before
+
+
+def test_what_a_run_leaves_below_the_data_is_not_trained_on(tmp_path):
+    for name in ("a.png", "b.png", "run/samples/step-1.png", "run/curves.png", "run2/c.png"):
+        write(tmp_path / name, picture())
+    found = index(tmp_path, output=str(tmp_path / "run"))
+    names = {Path(p.uri).name for p in (*found.training, *found.validation)}
+    assert names == {"a.png", "b.png", "c.png"}
+    # Data in a folder of the output are named on purpose.
+    found = index(tmp_path / "run2", tmp_path / "a.png", output=str(tmp_path))
+    assert len(found.training) + len(found.validation) == 2
+    with pytest.raises(UsageError, match="is where images are taken from"):
+        index(tmp_path, output=str(tmp_path))
+
+
+def test_images_of_other_channels_are_named_by_their_headers(tmp_path):
+    write(tmp_path / "good.png", picture())
+    tifffile.imwrite(tmp_path / "five.tif", np.zeros((64, 64, 5), np.uint8))
+    with pytest.raises(UsageError, match=r"five\.tif: training takes images of 1 or 3 channels"):
+        index(tmp_path)
 
 
 def test_pairs_go_by_their_names_and_are_cut_alike(tmp_path):
@@ -787,6 +861,30 @@ def test_what_does_not_fit_is_refused_before_the_first_step(folder):
         prepare(config(data=(str(folder),), workers=3), TINY)
     with pytest.raises(UsageError, match=r"crops of 64 px do not fit into 64x48"):
         prepare(config(data=(str(folder),), crop=64), TINY)
+    with pytest.raises(UsageError, match=r"--crop 31: .* multiples of 2; 32 is the next one"):
+        prepare(config(data=(str(folder),), crop=31), TINY)
+    with pytest.raises(UsageError, match=r"--crop 36: .* multiples of 8; 40 is the next one"):
+        prepare(config(data=(str(folder),), crop=36))
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_decide_alike_and_keep_one_model(tmp_path):
+    for number in range(4):
+        write(tmp_path / "train" / f"{number}.png", picture(seed=number))
+    for rank in range(2):
+        write(tmp_path / f"held{rank}" / "held.png", picture(seed=10 + rank))
+    first, second = train_together(tmp_path)
+    assert first["own"] != second["own"]
+    assert len(first["losses"]) == 2
+    assert first["losses"] == second["losses"]
+    assert first["losses"][-1] == pytest.approx(first["own"], rel=1e-5)
+    assert first["best"] == second["best"]
+    # The third step is a checkpoint between validations.
+    assert first["steps"] == second["steps"] == [3, 4, 6]
+    # Statistics of the batch normalisations, of which each rank saw other crops.
+    assert min(first["moved"]) > 0
+    for mine, its in zip(first["weights"], second["weights"], strict=True):
+        np.testing.assert_array_equal(mine, its)
 
 
 @pytest.mark.parametrize("mode", ["neighbor2neighbor", "noise2void"])

@@ -19,7 +19,8 @@ from PIL import Image
 from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.config import TrainConfig, TuneConfig
-from denoise_core.errors import RunFailed, UsageError
+from denoise_core.errors import OutputLocked, RunFailed, UsageError
+from denoise_core.lock import output_lock
 from denoise_core.presets import PRESETS, Preset
 from denoise_core.space import (
     Choices,
@@ -31,6 +32,7 @@ from denoise_core.space import (
     train_toml,
     with_arguments,
 )
+from denoise_core.storage import LocalStorage
 from denoise_core.training import adapt
 from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, ranked
 
@@ -200,21 +202,26 @@ def test_arguments_of_the_architecture_on_the_command_line():
             with_arguments(UNET, [text])
 
 
-def test_the_best_settings_are_a_config_of_the_training_job(tmp_path, monkeypatch):
-    """Through the real command line, up to the call of the job."""
+def trained_by(text: str, folder: Path) -> TrainConfig:
+    """Read a file of best settings by the real command line, up to the call of the job."""
     from jobs._cli import settings_command
 
-    settings = {"learning_rate": 0.00123, "loss": "mse", "noise": ["clean", "gaussian:9"]}
-    settings |= {"depth": 3, "width": 0.5}
-    text = train_toml(settings, preset=UNET, name="unet-s", notes="found\nby hand")
-    assert text.startswith("# found\n# by hand\n\npreset = ")
-    (tmp_path / "best.toml").write_text(text)
+    (folder / "best.toml").write_text(text)
     seen = []
     command = settings_command(TrainConfig, lambda c: seen.append(c) or 0, name="t", help="")
-    arguments = ["in", "--output", "out", "--steps", "5", "--config", str(tmp_path / "best.toml")]
+    arguments = ["in", "--output", "out", "--steps", "5", "--config", str(folder / "best.toml")]
     with pytest.raises(SystemExit, match="0"):
         command.main(arguments)
     (config,) = seen
+    return config
+
+
+def test_the_best_settings_are_a_config_of_the_training_job(tmp_path):
+    settings = {"learning_rate": 0.00123, "loss": "mse", "noise": ["clean", "gaussian:9"]}
+    settings |= {"depth": 3, "width": 0.5}
+    text = train_toml(settings, preset=UNET, shared=train(), notes="found\nby hand")
+    assert text.startswith("# found\n# by hand\n\npreset = ")
+    config = trained_by(text, tmp_path)
     assert (config.learning_rate, config.loss) == (0.00123, "mse")
     assert config.noise == ("clean", "gaussian:9")
     searched, _ = applied(settings, UNET, train())
@@ -224,8 +231,29 @@ def test_the_best_settings_are_a_config_of_the_training_job(tmp_path, monkeypatc
 
 
 def test_the_preset_as_it_is_needs_no_arguments():
-    text = train_toml({}, preset=UNET, name="unet-s", notes="")
+    text = train_toml({}, preset=UNET, shared=train(), notes="")
     assert tomllib.loads(text) == {"preset": "unet-s"}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"noise": ("poisson:30", "gaussian:5-20+clip"), "validation": 0.2, "seed": 4},
+        {"noisy": "n/*.png", "clean": 'c/"*.png', "precision": "float32"},
+        {"self_supervised": "noise2void", "validation_data": ("/a b", "s3://held/out")},
+    ],
+)
+def test_the_best_settings_keep_what_the_search_was_told_of_its_data(tmp_path, told):
+    shared = train(**told, validate_steps=20)
+    settings = {"learning_rate": 0.002}
+    text = train_toml(settings, preset=UNET, shared=shared, notes="")
+    config = trained_by(text, tmp_path)
+    assert config == train(**told, **settings, steps=5)
+    assert config.mode == shared.mode
+    # A noise that was searched goes before the one that the others had.
+    if "noise" in told:
+        text = train_toml({"noise": "clean"}, preset=UNET, shared=shared, notes="")
+        assert trained_by(text, tmp_path).noise == ("clean",)
 
 
 # --- tables and plots ---------------------------------------------------------------------------
@@ -494,6 +522,7 @@ def test_wrong_usage_is_told_before_ray_starts(tiny, data, tmp_path, settings, s
         ({"output": "s3://bucket/x"}, "expected a local folder"),
         ({"concurrent": "0"}, "--concurrent '0'"),
         ({"gpus_per_trial": -1.0}, "--gpus-per-trial"),
+        ({"gpus_per_trial": 2.0}, "--gpus-per-trial 2: expected 0 to 1"),
         ({"stop": "median"}, "--stop 'median': expected one of halving, none"),
         ({"epochs": 1.0}, "one of --steps N"),
         ({"data": ()}, "No DATA given"),
@@ -559,12 +588,14 @@ def test_a_killed_search_goes_on(resumed):
 def test_a_search_leaves_a_table_a_plot_and_the_best_settings(resumed):
     _, output, _, out, _ = resumed
     best = tomllib.loads((output / "best.toml").read_text())
+    assert (best["seed"], best["precision"]) == (2, "float32")
     rows = sorted(table(output).values(), key=lambda row: int(row["rank"]))
     assert best["preset"] == "tiny"
     assert rows[0]["status"] == "done"
     assert rows[0]["loss"] == best.get("loss", "")
     assert Image.open(output / "tune.png").format == "PNG"
-    left = {path.name for path in output.iterdir()}
+    # Of the lock a folder stays.
+    left = {path.name for path in output.iterdir()} - {".denoise"}
     assert left == {"best.toml", "rows.json", "search.json", "trials.csv", "tune.png"}
     assert "Trials, the best first" in out
     assert f"Best: trial {rows[0]['trial']}, " in out
@@ -583,6 +614,18 @@ def test_another_search_in_one_place_is_refused(resumed, data, tiny, tmp_path):
         plan(data, tmp_path, text, resume=True, **{**settings, "steps": 9})
     with pytest.raises(UsageError, match="--resume: --space is not what the search"):
         plan(data, tmp_path, SPACE, resume=True, **settings)
+
+
+def test_a_second_search_in_one_place_is_refused_while_the_first_runs(tiny, data, tmp_path):
+    from denoise_core.pipelines.tune import run_search
+
+    search = plan(data, tmp_path)
+    with (
+        output_lock(LocalStorage(), str(tmp_path / "out"), run_id="first"),
+        pytest.raises(OutputLocked, match=r"run first on .* is at work here"),
+    ):
+        run_search(search, show=print)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".denoise"]
 
 
 @pytest.mark.ray

@@ -34,9 +34,10 @@ from ray.util.queue import Empty, Queue
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
-from denoise_core.errors import DenoiseError, RunFailed, StorageError
+from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
+from denoise_core.lock import output_lock
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import beside_driver, set_data_context
+from denoise_core.pipelines.cluster import beside_driver, new_run_id, set_data_context
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
@@ -62,21 +63,48 @@ Show = Callable[[dict[str, Any]], None]
 def run_training(plan: Plan, *, show: Show) -> str:
     """Train by `plan`; call `show` with each report. Returns the folder of the best model.
 
-    A report with `tick` tells of progress between validations. Ray must be initialised. Raises
-    UsageError for images that do not fit, CheckpointError for a checkpoint that does not fit the
-    preset, RunFailed where training ended early.
+    A report with `tick` tells of progress between validations, one with `note` is a sentence. Ray
+    must be initialised. Raises UsageError for images that do not fit and for more workers than this
+    machine holds, OutputLocked where another run holds the output, CheckpointError for a checkpoint
+    that does not fit the preset, RunFailed where training ended early.
     """
+    grows = bool(os.environ.get("RAY_ADDRESS"))
+    for note in room_notes(plan.config, ray.cluster_resources(), grows=grows):
+        show({"note": note})
     files = RunFiles(plan.config)
-    files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
-    try:
-        mail = Queue(actor_options=beside_driver())
-        _fit(_ray_trainer(plan, mail), mail=mail, show=show)
-    except ray.exceptions.RayError as error:
-        raise RunFailed(
-            f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
-        ) from error
-    mail.shutdown(force=True)
+    with output_lock(files.storage, files.root, run_id=new_run_id()):
+        files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
+        try:
+            mail = Queue(actor_options=beside_driver())
+            _fit(_ray_trainer(plan, mail), mail=mail, show=show)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(
+                f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
+            ) from error
+        mail.shutdown(force=True)
     return files.uri("best")
+
+
+def room_notes(config: TrainConfig, there: dict[str, float], *, grows: bool) -> list[str]:
+    """Return what to say of a training's share of the resources that are `there`.
+
+    Raises UsageError where it asks for more of a Ray that never `grows`: it would wait for ever.
+    """
+    stream = STREAM_CPUS if config.input == "ray" else 0.0
+    asked = {"CPU": WORKER_CPUS + stream, "GPU": config.gpus_per_worker}
+    asked = {name: round(config.workers * each, 4) for name, each in asked.items()}
+    have = {name: there.get(name, 0.0) for name in asked}
+    if any(asked[name] > have[name] for name in asked):
+        text = (
+            f"{config.workers} worker(s) ask for {asked['CPU']:g} CPU(s) and {asked['GPU']:g} "
+            f"GPU(s); there are {have['CPU']:g} and {have['GPU']:g}"
+        )
+        if not grows:
+            raise UsageError(f"{text}. Give fewer --workers or --gpus-per-worker.")
+        return [f"{text}, and training begins once the cluster has grown."]
+    if have["GPU"] and not asked["GPU"]:
+        return [f"{have['GPU']:g} GPU(s) are not used: --gpus-per-worker is 0."]
+    return []
 
 
 class RunFiles:
@@ -173,14 +201,20 @@ def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
 
 
 def _read(mail: Queue, *, told: list[DenoiseError], show: Show, wait_s: float) -> None:
-    """Show the rows that came within `wait_s` and whatever came with them; keep the errors."""
+    """Show the rows that came within `wait_s` and whatever came with them; keep the errors.
+
+    A report after an error says that the group was restarted and went on.
+    """
     try:
         while True:
             item = mail.get(timeout=wait_s)
             if isinstance(item, DenoiseError):
                 told.append(item)
-            else:
-                show(item)
+                continue
+            # The other ranks tick on until Ray ends them.
+            if not item.get("tick"):
+                told.clear()
+            show(item)
     except Empty:
         return
 

@@ -32,11 +32,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from denoise_core.config import TuneConfig, as_dict
 from denoise_core.errors import DenoiseError, RunFailed, UsageError
+from denoise_core.lock import output_lock
 from denoise_core.models import architecture
 from denoise_core.noise import parse_noise
+from denoise_core.pipelines.cluster import new_run_id
 from denoise_core.presets import Preset
 from denoise_core.presets import preset as find_preset
 from denoise_core.space import Settings, applied, read_space, train_toml
+from denoise_core.storage import LocalStorage
 from denoise_core.training import Plan, adapt, prepare, with_length
 from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, trial_from
 
@@ -142,18 +145,20 @@ def run_search(search: Search, *, show: Show) -> list[Trial]:
     """Run the trials that are left; write the table, the plot and the best settings.
 
     `show(event, trial, trials)` hears of every validation ('validated') and of every end ('ended').
-    Ray must be initialised. Raises RunFailed where no trial came to its end.
+    Ray must be initialised. Raises OutputLocked where another search holds the output, RunFailed
+    where no trial came to its end.
     """
     output = Path(search.shared.config.output)
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / SEARCH, (json.dumps(_identity(search), indent=1) + "\n").encode())
-    board = Board(search, output, show)
-    if board.left:
-        with _heard_by(board):
-            _fit(search, board, output)
-    if board.left:
-        raise RunFailed("The search was interrupted. Its trials are safe: go on with --resume.")
-    _publish(search, board.trials, output)
+    with output_lock(LocalStorage(), str(output), run_id=new_run_id()):
+        _write(output / SEARCH, (json.dumps(_identity(search), indent=1) + "\n").encode())
+        board = Board(search, output, show)
+        if board.left:
+            with _heard_by(board):
+                _fit(search, board, output)
+        if board.left:
+            raise RunFailed("The search was interrupted. Its trials are safe: go on with --resume.")
+        _publish(search, board.trials, output)
     return board.trials
 
 
@@ -209,7 +214,7 @@ def _publish(search: Search, trials: list[Trial], output: Path) -> None:
     text = train_toml(
         best.settings,
         preset=search.base,
-        name=search.config.preset,
+        shared=search.shared.config,
         notes=_notes(search, best, baseline_of(trials)),
     )
     _write(output / "best.toml", text.encode())
