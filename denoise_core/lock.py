@@ -14,9 +14,11 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from denoise_core.errors import OutputLocked, RunFailed, StorageError
@@ -29,6 +31,11 @@ SUSPECT_AFTER_S = 25.0
 WATCH_EVERY_S = 2.0
 # Longer than another taker needs from finding a lock dead to putting its own in place.
 SETTLE_S = 1.0
+
+
+def new_run_id() -> str:
+    """Return the name of a run: when it began, in UTC, and some random digits."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 @dataclass(slots=True)

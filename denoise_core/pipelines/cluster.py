@@ -6,10 +6,8 @@ import logging
 import os
 import re
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import ray
@@ -61,11 +59,6 @@ def set_data_context(
         context.execution_no_progress_timeout_s = int(patience_s)
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-
-
-def new_run_id() -> str:
-    """Return the name of a run in the lock of its output."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 def beside_driver() -> dict[str, Any]:

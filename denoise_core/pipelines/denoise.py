@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import platform
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +24,7 @@ from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry
 from denoise_core.devices import device_memory
 from denoise_core.errors import ObjectNotFound, RunFailed, UsageError
-from denoise_core.lock import Lock, output_lock
+from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import (
@@ -116,7 +115,7 @@ def run_denoising(
     ]
     config, geometry = resolve(config, checkpoints[0])
     storage = storage_for(config.output, options)
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    run_id = new_run_id()
     job = _make_job(config, checkpoints, geometry, run_id=run_id, options=options)
     _refuse_circular(config)
     for line in model_notes(config, checkpoints[0], job.geometry):

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +28,7 @@ from denoise_core.evaluation.protocol import (
 )
 from denoise_core.evaluation.publish import Collected, publish
 from denoise_core.evaluation.sources import Shot, find_shots
-from denoise_core.lock import output_lock
+from denoise_core.lock import new_run_id, output_lock
 from denoise_core.noise import parse_noise
 from denoise_core.pipelines.measuring import Facts, Plan, RunFilters, RunModels
 from denoise_core.storage import StorageOptions, absolute, join, storage_for
@@ -120,7 +118,7 @@ def make_plan(config: EvaluateConfig, watcher: Watcher) -> Plan:
         )
     return Plan(
         config=config,
-        run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
+        run_id=new_run_id(),
         options=StorageOptions(s3_endpoint=config.s3_endpoint),
         models=tuple(label_models(config.model, model_range=config.model_range)),
         filters=tuple(filters),

@@ -35,9 +35,9 @@ from ray.util.queue import Empty, Queue
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
-from denoise_core.lock import output_lock
+from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import beside_driver, new_run_id, set_data_context
+from denoise_core.pipelines.cluster import beside_driver, set_data_context
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3

@@ -32,10 +32,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from denoise_core.config import TuneConfig, as_dict
 from denoise_core.errors import DenoiseError, RunFailed, UsageError
-from denoise_core.lock import output_lock
+from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture
 from denoise_core.noise import parse_noise
-from denoise_core.pipelines.cluster import new_run_id
 from denoise_core.presets import Preset
 from denoise_core.presets import preset as find_preset
 from denoise_core.space import Settings, applied, read_space, train_toml
