@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 SLOW_S = 1.0
+HOP_HEADERS = ("transfer-encoding", "content-length", "connection", "date", "server")
 NO_FAULT: Sequence[str] = ("",)
 NO_FAREWELL = struct.pack("ii", 1, 0)  # closing sends RST
 
@@ -99,8 +100,11 @@ class FlakyProxy:
         data = answer.read()
         request.send_response(answer.status)
         for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+            if name.lower() not in HOP_HEADERS:
                 request.send_header(name, value)
+        # What came in chunks is sent in one; the answer to HEAD tells a length and has none.
+        length = answer.getheader("Content-Length") if request.command == "HEAD" else len(data)
+        request.send_header("Content-Length", str(length or 0))
         request.end_headers()
         request.wfile.write(data[: len(data) // 2] if cut else data)
         request.close_connection = cut
