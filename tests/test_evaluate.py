@@ -344,6 +344,11 @@ def test_interval_is_students():
     assert found.mean - found.low == pytest.approx(found.high - found.mean)
 
 
+def test_interval_does_not_depend_on_the_order():
+    values = np.random.default_rng(0).normal(30, 3, 500)
+    assert statistics.interval(values) == statistics.interval(values[::-1].copy())
+
+
 def test_interval_of_few_and_of_infinite_values():
     assert statistics.interval(np.array([np.nan])).mean is None
     one = statistics.interval(np.array([7.0, np.inf, np.nan]))

@@ -43,7 +43,8 @@ def interval(values: Floats) -> Interval:
     """
     from scipy.special import stdtrit
 
-    known = values[np.isfinite(values)]
+    # Sorted, so that the last digits do not tell in which order the images came.
+    known = np.sort(values[np.isfinite(values)])
     if not known.size:
         return Interval(None, None, None, 0)
     mean = float(known.mean())
