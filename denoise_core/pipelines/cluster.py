@@ -25,9 +25,6 @@ FEW_IMAGES = 16
 # Ray Data's scheduler waits for tasks, but with all of them held back by full queues it turns
 # without a pause: in a training worker it took 0.6 of a core and, by Python's lock, half the speed.
 PAUSE_S = 0.02
-# Decoded pixels, before and after the model, that wait in the object store for one actor.
-STORE_BYTES_CPU = 300_000_000
-STORE_BYTES_GPU = 1_000_000_000
 # A machine that does not say within this time how a process of its own died is lost.
 LAST_WORDS_S = 60
 
@@ -39,22 +36,16 @@ class _Pause(ExecutionCallback):
         time.sleep(PAUSE_S)
 
 
-def set_data_context(
-    *, ordered: bool = False, patience_s: float | None = None, store_bytes: int | None = None
-) -> None:
+def set_data_context(*, ordered: bool = False, patience_s: float | None = None) -> None:
     """Make Ray Data print nothing, rest between turns and keep the order if `ordered`.
 
-    Without a finished task for `patience_s` seconds it gives up. It reads ahead as far as
-    `store_bytes` of the object store go, by default half of all.
+    Without a finished task for `patience_s` seconds it gives up.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = ordered
     context.execution_options.verbose_progress = False
     context.custom_execution_callback_classes = [_Pause]
-    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=store_bytes
-    )
     if patience_s is not None:
         context.execution_no_progress_timeout_s = int(patience_s)
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
@@ -75,14 +66,6 @@ class Resources:
     cpus: float
     gpus: float
     threads: int | None
-
-    @property
-    def store_bytes(self) -> int:
-        """Pixels that may wait in the object store: some seconds of work for every actor.
-
-        Whatever an actor has read there counts as its resident memory, so more would be no gain.
-        """
-        return self.actors[1] * (STORE_BYTES_GPU if self.gpus else STORE_BYTES_CPU)
 
 
 def fit_actors(config: DenoiseConfig | EvaluateConfig, *, images: int) -> Resources:

@@ -162,10 +162,8 @@ def build_dataset(
 ) -> ray.data.Dataset:
     """Return the lazy pipeline from work-list shards to rows of facts."""
     # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
+    set_data_context(patience_s=NO_PROGRESS_S + job.config.timeout_per_image)
     resources = fit_actors(job.config, images=images)
-    set_data_context(
-        patience_s=NO_PROGRESS_S + job.config.timeout_per_image, store_bytes=resources.store_bytes
-    )
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
     together = max(1, min(together, images // (4 * resources.actors[1])))
