@@ -13,7 +13,7 @@ import click
 
 from denoise_core.config import DenoiseConfig
 from denoise_core.pipelines.denoise import Outcome, Totals, Watcher
-from denoise_core.storage.base import printable
+from denoise_core.storage import printable
 
 PLAIN_EVERY_S = 10.0
 

@@ -328,7 +328,7 @@ class _Run:
     def _has_ended(self) -> bool:
         """Whether the run before went to its end, reports and all."""
         try:
-            return bool(json.loads(self.storage.read(join(self.out, "run.json")))["finished"])
+            return bool(json.loads(self.storage.read(join(self.out, "run.json"))).get("finished"))
         except ObjectNotFound:
             return False
 

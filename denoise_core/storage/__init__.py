@@ -49,6 +49,7 @@ __all__ = [
     "expand",
     "is_bundle",
     "join",
+    "printable",
     "storage_for",
 ]
 
