@@ -115,6 +115,7 @@ def parse_actors(value: str) -> tuple[int, int] | None:
     return low, high
 
 
+MOST_SECONDS = 10_000_000
 COMPRESSIONS = ("none", "deflate", "lzw", "zstd", "lzma", *"0123456789")
 
 
@@ -218,7 +219,8 @@ class DenoiseConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         require(
-            len(self.inputs) > 0, "No INPUT given: name a file, a folder or s3://bucket/prefix."
+            len(self.inputs) > 0 and all(self.inputs),
+            "No INPUT given, or an empty one: name a file, a folder or s3://bucket/prefix.",
         )
         require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
         parse_auto_int(self.patch, name="patch", words=("auto",), low=32)
@@ -232,7 +234,11 @@ class DenoiseConfig:
             0.0 <= self.max_error_rate <= 1.0,
             f"--max-error-rate {self.max_error_rate}: expected 0.0 to 1.0.",
         )
-        require(self.timeout_per_image > 0, "--timeout-per-image: expected seconds above 0.")
+        require(
+            0 < self.timeout_per_image <= MOST_SECONDS,
+            f"--timeout-per-image {self.timeout_per_image:g}: expected seconds above 0, at most "
+            f"{MOST_SECONDS:,}.",
+        )
         require(self.max_attempts >= 1, "--max-attempts: expected a whole number from 1.")
         require(self.max_pixels >= 1, "--max-pixels: expected a whole number from 1.")
         require(self.limit is None or self.limit >= 1, "--limit: expected a number from 1.")
@@ -395,9 +401,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         require(
-            len(self.data) > 0,
-            "No DATA given: name a folder of images, before the flags (a word after --noise "
-            "belongs to that flag).",
+            len(self.data) > 0 and all(self.data),
+            "No DATA given, or an empty one: name a folder of images, before the flags (a word "
+            "after --noise belongs to that flag).",
         )
         require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
         self._check_data()
@@ -627,9 +633,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         require(
-            len(self.data) > 0,
-            "No DATA given: name a folder, a file or s3://bucket/prefix, before the flags (a word "
-            "after --model, --noise or --baselines belongs to that flag).",
+            len(self.data) > 0 and all(self.data),
+            "No DATA given, or an empty one: name a folder, a file or s3://bucket/prefix, before "
+            "the flags (a word after --model, --noise or --baselines belongs to that flag).",
         )
         require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
         require(

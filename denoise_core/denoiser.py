@@ -41,6 +41,8 @@ GPU_BATCH_PIXELS = 4_000_000
 # Bytes that TensorFlow holds at the peak for each pixel of a batch and unit of model width.
 BYTES_PER_PIXEL_AND_WIDTH = 40
 AUTO_PATCHES = (1024, 512, 256)
+# A region as it came and denoised, and both again as they leave; up to four samples of four bytes.
+BYTES_PER_REGION_PIXEL = 4 * 4 * 4
 # `--patch` where the user has not said any; a network of one size has its own.
 DEFAULT_PATCH = "256"
 
@@ -107,12 +109,10 @@ def resolve_geometry(
         height, width = card["input_size"]
         return _fixed_geometry((height, width), patch=patch, halo=pixels, stride=stride)
     if patch == "auto":
-        width = max(card["arguments"].get("widths", (64,)))
         fits = [
             size
             for size in AUTO_PATCHES
-            if (size + 2 * pixels) ** 2 * width * BYTES_PER_PIXEL_AND_WIDTH
-            <= (memory_bytes or 4 << 30) / 2
+            if _network_bytes(card, size + 2 * pixels) <= (memory_bytes or 4 << 30) / 2
         ]
         core = fits[0] if fits else AUTO_PATCHES[-1]
     else:
@@ -120,6 +120,21 @@ def resolve_geometry(
     if core % stride:
         raise UsageError(f"--patch {core}: the model needs a multiple of {stride}.")
     return Geometry(core, round_up(pixels, stride), stride)
+
+
+def _network_bytes(card: dict[str, Any], side: int) -> int:
+    width = max(card["arguments"].get("widths", (64,)))
+    return int(side * side * width * BYTES_PER_PIXEL_AND_WIDTH)
+
+
+def working_bytes(card: dict[str, Any], geometry: Geometry, *, region: int) -> tuple[int, int]:
+    """Return the bytes that the network takes for one window, and one actor for one region.
+
+    Both come on top of what TensorFlow and the weights take; a region has `region` pixels a side.
+    """
+    side = geometry.patch + 2 * geometry.halo
+    window = (region + 2 * geometry.halo) ** 2
+    return _network_bytes(card, side), window * BYTES_PER_REGION_PIXEL
 
 
 def _fixed_geometry(size: tuple[int, int], *, patch: str, halo: int, stride: int) -> Geometry:
@@ -225,8 +240,11 @@ class Denoiser:
     def denoise_parts(self, parts: Sequence[Part]) -> list[Array]:
         """Denoise regions; each result is its region's core in the image's units and `part.dtype`.
 
-        Patches of all parts share batches; a result does not depend on its batch neighbours.
+        Patches of all parts share batches; a result does not depend on its batch neighbours. With
+        a strength of 0 the model does not run, and the pixels are the image's own.
         """
+        if self.strength == 0.0:
+            return [_untouched(part) for part in parts]
         results = []
         for part in parts:
             y0, y1, x0, x1 = part.region.core
@@ -277,6 +295,14 @@ class Denoiser:
             target[...] = values
         else:
             target[..., item.plane] = values[..., 0]
+
+
+def _untouched(part: Part) -> Array:
+    """Return the core's own pixels in `part.dtype`."""
+    y0, y1, x0, x1 = part.region.core
+    y, x = part.origin
+    core = part.pixels[y0 - y : y1 - y, x0 - x : x1 - x]
+    return to_dtype(core, part.dtype, part.low, part.high).copy()
 
 
 def _in_unit_range(model: Any, card: dict[str, Any]) -> Callable[[Any], Any]:

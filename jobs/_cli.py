@@ -150,20 +150,29 @@ def _read_config(settings: type) -> Callable[[click.Context, click.Parameter, st
     return callback
 
 
+# The type of a setting -> what a file may hold for it, and how that is called.
+_IN_FILES: dict[Any, tuple[Any, str]] = {
+    tuple: (str, "a text or a list of texts"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str | int | float, "a single text or number"),
+}
+
+
 def _values(table: dict[str, Any], settings: type, *, source: str) -> dict[str, Any]:
     """Return a file's values by field; a single value may stand for a list of one."""
     hints = typing.get_type_hints(settings)
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
-        many = _plain_type(hints[name]) is tuple
+        kind = _plain_type(hints[name])
+        many = kind is tuple
         items = value if many and isinstance(value, list) else [value]
+        allowed, words = _IN_FILES[kind]
         for item in items:
-            require(
-                isinstance(item, str if many else str | int | float),
-                f"{source}: {key} = {item!r}: expected "
-                + ("a text or a list of texts." if many else "a single value."),
-            )
+            fits = isinstance(item, allowed) and (kind is bool or not isinstance(item, bool))
+            require(fits, f"{source}: {key} = {item!r}: expected {words}.")
         values[name] = items if many else value
     return values
 

@@ -95,6 +95,10 @@ def test_unknown_flag_names_the_nearest(flag: str) -> None:
         ("limit = 'many'", "many"),
         ("recursive = 'perhaps'", "perhaps"),
         ("include = 5", "include"),
+        ("recursive = 0", "recursive = 0: expected true or false"),
+        ("limit = 1.5", "limit = 1.5: expected a whole number"),
+        ("limit = true", "limit = True: expected a whole number"),
+        ("strength = true", "strength = True: expected a number"),
         ("format = 'gif'", "gif"),
     ],
 )
@@ -118,7 +122,8 @@ def test_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("--strength", "2"), ("--patch", "5"), ("--halo", "-1"), ("--limit", "0"),
         ("--batch-size", "0"), ("--actors", "2:1"), ("--region", "100"), ("--data-range", "5:1"),
         ("--gpus-per-actor", "x"), ("--copy-below", "-3"), ("--max-error-rate", "7"),
-        ("--timeout-per-image", "0"), ("--max-attempts", "0"), ("--format", "gif"),
+        ("--timeout-per-image", "0"), ("--timeout-per-image", "inf"),
+        ("--max-attempts", "0"), ("--format", "gif"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(flags: tuple[str, str]) -> None:
@@ -128,6 +133,7 @@ def test_bad_values_are_refused_by_name(flags: tuple[str, str]) -> None:
 def test_missing_arguments_are_named(tmp_path: Path) -> None:
     assert "--output" in refused("in")
     assert "INPUT" in refused("--output", "o")
+    assert "INPUT" in refused("", "--output", "o")
 
 
 def test_paths_that_cannot_work_are_refused_and_leave_nothing(

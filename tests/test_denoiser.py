@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.denoiser import Denoiser, Geometry, Part, resolve_geometry
 from denoise_core.errors import UsageError
+from denoise_core.images import data_range
 from denoise_core.models import architecture, build_model
 
 ARGUMENTS = {"widths": [4, 6, 8], "blocks": [1, 1, 2], "channels": 3}
@@ -214,6 +215,23 @@ def test_strength_blends_from_the_noisy_image_to_the_models_output(make, strengt
     np.testing.assert_allclose(blended, image + strength * (full - image), atol=1e-6)
     if strength == 0.0:
         np.testing.assert_array_equal(blended, image)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32", "int32", "float32", "float64"])
+def test_a_strength_of_zero_keeps_every_bit(make, dtype):
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 2**31, (70, 50, 2)) / (3.0 if dtype.startswith("float") else 1)
+    image = image.astype(dtype)
+    denoiser = make(strength=0.0)
+    (region,) = denoiser.geometry.regions(70, 50)
+    part = Part(image, region, (0, 0), *data_range(image), dtype=dtype)
+    (got,) = denoiser.denoise_parts([part])
+    np.testing.assert_array_equal(got, image)
+    second = denoiser.geometry.regions(70, 50, region=32)[-1]
+    y0, y1, x0, x1 = second.window(70, 50)
+    part = Part(image[y0:y1, x0:x1], second, (y0, x0), *data_range(image), dtype=dtype)
+    y0, y1, x0, x1 = second.core
+    np.testing.assert_array_equal(denoiser.denoise_parts([part])[0], image[y0:y1, x0:x1])
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.data.exceptions import ExecutionTimeoutError
 
+from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
+from denoise_core.denoiser import resolve_geometry, working_bytes
 from denoise_core.errors import UsageError
-from denoise_core.pipelines.cluster import Resources, choose_resources
+from denoise_core.pipelines.cluster import Resources, check_memory, choose_resources
 from denoise_core.pipelines.flow import Flow
+from denoise_core.pipelines.job import Model
 
 EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e9}
 
@@ -74,6 +78,39 @@ def test_workers_that_are_still_to_come_must_be_stated() -> None:
     for settings in ({}, {"actors": "1:8"}, {"gpus_per_actor": "1"}, {"gpus_per_actor": "0"}):
         with pytest.raises(UsageError, match="--gpus-per-actor and --actors MIN:MAX"):
             choose(EMPTY, **settings)
+
+
+def test_windows_and_regions_that_no_host_can_hold_are_refused_with_the_numbers() -> None:
+    card = load_checkpoint("unet-s").card
+
+    def check(gpus: float = 0.0, **settings: Any) -> None:
+        config = DenoiseConfig(inputs=("in",), output="out", **settings)
+        geometry = resolve_geometry(card, patch=config.patch, halo=config.halo)
+        model = Model("m", "m", "0", 0.0, 0.0, working_bytes(card, geometry, region=config.region))
+        job = SimpleNamespace(config=config, models=(model,))
+        hosts = [{"CPU": 4.0}, {"CPU": 4.0, "memory": 4e9}, {"CPU": 1.0, "memory": 1e9}]
+        check_memory(job, Resources((1, 1), 1.0, gpus, None), hosts)  # type: ignore[arg-type]
+
+    check()
+    with pytest.raises(UsageError, match=r"--patch 4096.* 132.9 GB .* 0.3 GB .* 4.0 GB on"):
+        check(patch="4096")
+    check(patch="4096", gpus=1.0)
+    with pytest.raises(UsageError, match="--region 16384"):
+        check(region=16384, gpus=1.0)
+
+
+def test_a_fault_is_told_by_its_own_line_and_not_by_rays_advice(tmp_path: Path) -> None:
+    trace = """Traceback (most recent call last):
+      File "pillow.py", line 1, in save
+    ValueError: XMP data is too long
+    Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).
+    To change retry attempts, backoff, or which errors are retried, configure `ray.data`."""
+    flow = Flow.__new__(Flow)
+    config = DenoiseConfig(inputs=("in",), output=str(tmp_path))
+    flow.job = SimpleNamespace(config=config, run_id="run-1", options=None)  # type: ignore[assignment]
+    text = str(flow._failure(RuntimeError(trace)))
+    assert "ValueError: XMP data is too long. Trace: " in text
+    assert "retry" not in text
 
 
 def test_run_for_which_no_worker_comes_says_so(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from denoise_core.config import DenoiseConfig, EvaluateConfig, parse_actors
 from denoise_core.errors import RunFailed, StorageError, UsageError
+from denoise_core.pipelines.job import Job
 from denoise_core.storage import StorageOptions, join, storage_for
 
 # Up to so many images one actor on each host is enough, with a thread for each core.
@@ -134,6 +135,23 @@ def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> R
     return Resources(wanted, 1.0, share, None)
 
 
+def check_memory(job: Job, resources: Resources, hosts: Sequence[dict[str, float]]) -> None:
+    """Refuse settings whose windows and regions no host can hold, with the numbers.
+
+    `hosts` are Ray's resources of each. What TensorFlow takes is left out, and what a GPU holds.
+    """
+    most = max((host.get("memory", 0.0) for host in hosts), default=0.0)
+    network = 0 if resources.gpus else max(model.working_bytes[0] for model in job.models)
+    region = max(model.working_bytes[1] for model in job.models)
+    if most and network + region > most:
+        config, gb = job.config, 1e-9
+        raise UsageError(
+            f"--patch {config.patch}, --halo {config.halo}, --region {config.region}: an actor "
+            f"needs {network * gb:,.1f} GB for the network and {region * gb:,.1f} GB for a region, "
+            f"and Ray may use {most * gb:,.1f} GB on the largest host. Lower them."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A process of Ray's: its node and the file that takes its stderr."""
@@ -194,8 +212,7 @@ def stopped(
     if told is not None:
         return RunFailed(f"{what} stopped: {told}.")
     uri = join(output, ".denoise", f"trace-{run_id}.txt")
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = lines[-1].strip() if lines else type(error).__name__
+    reason = _last_error(str(error)) or type(error).__name__
     if isinstance(error, ExecutionTimeoutError):
         reason = (
             f"nothing moved for {int(patience_s)} s; the cluster has no room for the actors "
@@ -207,8 +224,15 @@ def stopped(
     except StorageError:
         uri = "lost, because the output cannot be written"
     return RunFailed(
-        f"{what} stopped on an error that no image is to blame for: {reason}. Trace: {uri}."
+        f"{what} stopped on an error that this program does not expect: {reason}. Trace: {uri}."
     )
+
+
+def _last_error(text: str) -> str:
+    """Return the line of a trace that names the error, not Ray's advice after it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Killed): ", line)]
+    return (named or lines or [""])[-1]
 
 
 def _run_failed(error: BaseException | None) -> RunFailed | None:

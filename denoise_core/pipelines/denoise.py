@@ -21,7 +21,7 @@ from denoise_core import results, worklist
 from denoise_core.checkpoints import Checkpoint, absolute_name, load_checkpoint
 from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
-from denoise_core.denoiser import Geometry, resolve_geometry
+from denoise_core.denoiser import Geometry, resolve_geometry, working_bytes
 from denoise_core.devices import device_memory
 from denoise_core.errors import ObjectNotFound, RunFailed, UsageError
 from denoise_core.lock import Lock, new_run_id, output_lock
@@ -188,6 +188,7 @@ def _make_job(
             checkpoint.hash,
             float(checkpoint.card.get("break_even_sigma", 0.0)) if below is None else below,
             float(checkpoint.card.get("break_even_residual", 0.0)) if below is None else 0.0,
+            working_bytes(checkpoint.card, geometry, region=config.region),
         )
         for name, checkpoint in zip(candidates(config), checkpoints, strict=True)
     )

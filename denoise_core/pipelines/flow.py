@@ -17,6 +17,7 @@ from denoise_core import worklist
 from denoise_core.errors import ImageError, RunFailed, StorageError, UsageError, WorkerDied
 from denoise_core.pipelines.cluster import (
     beside_driver,
+    check_memory,
     fit_actors,
     set_data_context,
     stopped,
@@ -164,6 +165,7 @@ def build_dataset(
     # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
     set_data_context(patience_s=NO_PROGRESS_S + job.config.timeout_per_image)
     resources = fit_actors(job.config, images=images)
+    check_memory(job, resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
     together = max(1, min(together, images // (4 * resources.actors[1])))

@@ -23,6 +23,7 @@ class Model:
 
     An image is copied where its noise is under `copy_below`, in levels, and, if it is no coarse
     JPEG, where what the model would take away has a root mean square under `copy_residual`.
+    `working_bytes` is what the network takes for a window, and an actor for a region.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Model:
     hash: str
     copy_below: float
     copy_residual: float = 0.0
+    working_bytes: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
