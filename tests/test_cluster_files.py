@@ -14,8 +14,10 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -300,6 +302,23 @@ def test_cron_job_does_not_overlap_and_forgets() -> None:
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
     assert cron["spec"]["timeZone"]
     assert {"successfulJobsHistoryLimit", "failedJobsHistoryLimit"} <= set(cron["spec"])
+    once = job_spec(CLUSTER / "rayjob-denoise.yaml")
+    whole = once["activeDeadlineSeconds"] * (1 + once["backoffLimit"])
+    assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] > whole
+
+
+def test_package_of_a_submitted_job_holds_the_code_and_no_data(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    checkout = tmp_path / "checkout"
+    for name in ("jobs", "denoise_core", "out", "photos", "x", ".venv", "tests"):
+        (checkout / name).mkdir(parents=True)
+        (checkout / name / "file").write_text("x")
+    (checkout / "scan.tif").write_text("x")
+    shutil.copy(ROOT / ".rayignore", checkout)
+    create_package(str(checkout), tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        assert sorted(package.namelist()) == ["denoise_core/file", "jobs/file"]
 
 
 def test_cluster_launcher_file_is_valid() -> None:
@@ -455,15 +474,16 @@ if words[0] == "patch":
     print("patched with", words[words.index("-p") + 1])
 elif words[0] == "create":
     (here / "created").write_text(sys.stdin.read())
-elif words[-1].endswith("jobDeploymentStatus}}"):
+elif "jobDeploymentStatus" in words[-1]:
     states = (here / "states").read_text().split()
     (here / "states").write_text(" ".join(states[1:] or states))
     if states[0] == "broken":
         sys.exit(1)
-    print("" if states[0] == "none" else states[0])
+    if states[0] != "gone":
+        print(words[2], "" if states[0] == "none" else states[0])
 elif words[0] == "get" and "name" in words and (here / "created").exists():
     print("rayjob.ray.io/" + words[2])
-elif words[-1].endswith("message}}"):
+elif "message" in words[-1]:
     print("exit code 3")
 """
 
@@ -497,7 +517,10 @@ def test_cron_script_creates_one_named_and_owned_ray_job_and_ends_as_it_does(
     assert (owner["kind"], owner["name"], owner["uid"]) == ("Job", "denoise-nightly-7", "u-1")
     # A second pod of the same Job finds it and makes no other.
     again = run_script(tmp_path, "Running Failed")
-    assert again.returncode == 1
+    assert again.returncode == 3
     assert "exit code 3" in again.stderr
+    for states, said in (("ValidationFailed", "failed"), ("Running gone", "was deleted")):
+        ended = run_script(tmp_path, states)
+        assert (ended.returncode, said in ended.stderr) == (3, True)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len([call for call in calls if call.startswith("create")]) == 1
