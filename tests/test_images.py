@@ -891,9 +891,10 @@ def test_extreme_integers_do_not_wrap() -> None:
     assert to_dtype(values, "uint32").tolist() == [0, 4294967295, 4294967295]
 
 
-def test_values_without_an_integer() -> None:
-    with pytest.raises(NonFiniteValues):
-        to_dtype(np.array([np.nan], "float32"), "uint8")
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+def test_non_finite_values_are_never_written(dtype: str) -> None:
+    with pytest.raises(NonFiniteValues, match="no-data"):
+        to_dtype(np.array([np.nan], "float32"), dtype)
 
 
 @pytest.mark.parametrize(

@@ -47,16 +47,17 @@ def to_dtype(
     Integers are rounded half to even and clipped to [lo, hi] (default: the dtype's range) and to
     the dtype. Floats keep values outside [lo, hi], since a range of floats is an estimate and
     highlights above 1 are data; they are only kept finite in the dtype. Raises NonFiniteValues
-    for NaN or infinite values, which have no integer.
+    for NaN or infinite values.
     """
     target = np.dtype(dtype)
-    if values.dtype == target:
-        return values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise NonFiniteValues(
-            "the denoised values hold NaN or infinity; expected finite ones: check the model's "
-            "weights, or use --precision float32"
+            "the denoised values hold NaN or infinity; expected finite ones: replace no-data "
+            "values such as -3.4e38 in the image, which make its range too wide; where it has "
+            "none, check the model's weights, or use --precision float32"
         )
+    if values.dtype == target:
+        return values
     if target.kind == "f":
         info = np.finfo(target)
         return np.clip(values, float(info.min), float(info.max)).astype(target)
