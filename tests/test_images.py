@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import imagecodecs
 import numpy as np
@@ -537,6 +538,95 @@ def test_float_to_sixteen_bit_png() -> None:
     out, _ = again(save_tiff(array), format="png", bit_depth="16")
     expected = np.rint(array.astype("float64") * 65535)
     np.testing.assert_array_equal(decode(out, name="x").pixels[..., 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "target", "name"),
+    [
+        ("xmp", 65_504, "jpeg", None),
+        ("xmp", 65_505, "jpeg", "XMP"),
+        ("exif", 65_527, "jpeg", None),
+        ("exif", 65_528, "jpeg", "EXIF"),
+        ("icc", 255 * 65_519, "jpeg", None),
+        ("icc", 255 * 65_519 + 1, "jpeg", "ICC profile"),
+        ("dpi", 65_535, "jpeg", None),
+        ("dpi", 65_536, "jpeg", "DPI"),
+        ("dpi", 0.25, "jpeg", "DPI"),
+        ("dpi", 4_294_967_295, "png", "DPI"),
+        ("dpi", 4_294_967_295, "bmp", "DPI"),
+        ("dpi", 4_294_967_295, "tiff", "DPI"),
+        ("dpi", 300, "bmp", None),
+        ("dpi", None, "bmp", None),
+    ],
+)
+@pytest.mark.parametrize("samples", [3, 4])
+def test_what_does_not_fit_into_a_format_is_named(
+    field: str, size: float | None, target: str, name: str | None, samples: int
+) -> None:
+    if samples == 4 and target == "jpeg":
+        samples = 1
+    image = decode(imagecodecs.png_encode(smooth(samples).squeeze()), name="x")
+    value = (size, size) if field == "dpi" else b"II*\0".ljust(int(size or 0), b"\0")
+    metadata = replace(image.metadata, **{field: value if size else None}, format="webp")
+    out, lost = encode(image.pixels, image.alpha, metadata, format=target)
+    assert lost == ((name,) if name else ())
+    back = getattr(decode(out, name="y").metadata, field)
+    if name or not size:
+        assert back is None
+    else:
+        assert back == (pytest.approx(value, rel=1e-3) if field == "dpi" else value)
+
+
+def test_what_an_encoder_refuses_is_an_error_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoder(*_: object, **__: object) -> None:
+        raise struct.error("argument out of range")
+
+    monkeypatch.setattr(png_module, "encode", encoder)
+    with pytest.raises(UnsupportedImage, match="as png"):
+        again(imagecodecs.png_encode(smooth(3)))
+
+
+@pytest.mark.parametrize("target", ["png", "jpeg", "webp", "bmp", "npy"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_negative_tiff_becomes_a_positive(target: str, alpha: bool) -> None:
+    array = smooth(2) if alpha else smooth(1)[..., 0]
+    extra = {"extrasamples": ["unassalpha"]} if alpha else {}
+    image = decode(save_tiff(array, photometric="miniswhite", **extra), name="x")
+    if alpha and target != "png":
+        image.metadata.has_alpha, image.alpha = False, None
+    out, _ = encode(image.pixels, image.alpha, image.metadata, format=target)
+    back = decode(out, name="y")
+    assert np.abs(back.pixels[..., 0] - (255.0 - image.pixels[..., 0])).max() <= 3 * (
+        target == "jpeg"
+    )
+    if back.alpha is not None:
+        np.testing.assert_array_equal(back.alpha, image.alpha)
+
+
+@pytest.mark.parametrize("dtype", TIFF_DTYPES)
+def test_a_negative_is_inverted_within_its_range(dtype: str) -> None:
+    array = random_array((9, 8), dtype)
+    data = save_tiff(array, photometric="miniswhite")
+    low, high = data_range(array)
+    out, _ = again(data, format="npy")
+    expected = (low + high - array.astype("float64")).astype(dtype)
+    np.testing.assert_array_equal(decode(out, name="y").pixels[..., 0], expected)
+    wide, _ = again(data, format="npy", bit_depth="32f")
+    unit = decode(wide, name="y").pixels[..., 0]
+    np.testing.assert_allclose(unit, (high - array.astype("float64")) / (high - low), atol=1e-3)
+
+
+def test_a_negative_keeps_to_the_range_it_is_given() -> None:
+    array = np.array([[-5, 0, 10, 4095, 5000]], "int16")
+    image = decode(save_tiff(array, photometric="miniswhite"), name="x")
+    for options, expected in (
+        ({}, [4095, 4095, 4085, 0, 0]),
+        ({"bit_depth": "8"}, [255, 255, 254, 0, 0]),
+        ({"value_range": (0, 1e6)}, [32767, 32767, 32757, 28672, 27767]),
+    ):
+        options = {"value_range": (0, 4095), **options}
+        out, _ = encode(image.pixels, None, image.metadata, format="npy", **options)
+        assert decode(out, name="y").pixels.ravel().tolist() == expected
 
 
 @pytest.mark.parametrize("options", [{"format": "gif"}, {"bit_depth": "12"}, {"compression": "x"}])

@@ -20,6 +20,7 @@ from denoise_core.images.types import (
     ImageMetadata,
     grey_or_samples,
     refuse_samples,
+    whole_dpi,
 )
 
 EXIF_PREFIX = b"Exif\0\0"
@@ -28,8 +29,18 @@ ICC_PREFIX = b"ICC_PROFILE\0"
 JPEG_QUALITY = 95
 """Quality of images that were no JPEG before."""
 WEBP_QUALITY = 95
+BMP_PER_METRE = 39.3701
+"""Inches in a metre, as Pillow has them."""
 WEBP_MAX_SIDE = 16383
 JPEG_MAX_SIDE = 65535
+SEGMENT_BYTES = 65533
+"""Most bytes of one JPEG segment."""
+# Most bytes that a JPEG holds of a block, by its name for Pillow, and its name among the losses.
+JPEG_LIMITS = {
+    "icc_profile": (255 * (SEGMENT_BYTES - len(ICC_PREFIX) - 2), "ICC profile"),
+    "exif": (SEGMENT_BYTES, "EXIF"),
+    "xmp": (SEGMENT_BYTES - len(XMP_PREFIX), "XMP"),
+}
 
 
 def _image_module() -> Any:
@@ -184,8 +195,9 @@ def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
     image = _image_module().fromarray(np.ascontiguousarray(grey_or_samples(samples)))
     out = io.BytesIO()
     if metadata.format != "jpeg":
-        image.save(out, format="JPEG", quality=JPEG_QUALITY, subsampling=0, **_save_info(metadata))
-        return out.getvalue(), []
+        info, lost = _jpeg_info(metadata)
+        image.save(out, format="JPEG", quality=JPEG_QUALITY, subsampling=0, **info)
+        return out.getvalue(), lost
     native = metadata.native
     # -1 is a subsampling that Pillow cannot write (4:4:0, 4:1:1): none is the better one.
     image.save(
@@ -196,6 +208,17 @@ def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
         progressive=native["progressive"],
     )
     return _with_segments(out.getvalue(), native["segments"]), []
+
+
+def _jpeg_info(metadata: ImageMetadata) -> tuple[dict[str, Any], list[str]]:
+    """What Pillow writes beside the pixels, and the names of what does not fit into a JPEG."""
+    info = _save_info(metadata)
+    info["dpi"], lost = whole_dpi(metadata, unit=1, most=65535)
+    for key, (most, name) in JPEG_LIMITS.items():
+        if len(info.get(key, b"")) > most:
+            del info[key]
+            lost.append(name)
+    return info, lost
 
 
 def _refuse_side(samples: Array, side: int, target: str) -> None:
@@ -349,20 +372,21 @@ def encode_bmp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[str
     lost = ["ICC profile"] if metadata.icc else []
     lost += ["EXIF"] if metadata.exif else []
     lost += ["XMP"] if metadata.xmp else []
+    per_metre, no_dpi = whole_dpi(metadata, unit=BMP_PER_METRE, most=2**31 - 1)
+    lost += no_dpi
     if samples.shape[-1] == 4:
-        return _bmp_with_alpha(samples, metadata), lost
+        return _bmp_with_alpha(samples, per_metre), lost
     image = _image_module().fromarray(np.ascontiguousarray(grey_or_samples(samples)))
     out = io.BytesIO()
-    image.save(out, format="BMP", **({"dpi": metadata.dpi} if metadata.dpi else {}))
+    # Without one Pillow writes 96 dpi.
+    image.save(out, format="BMP", dpi=[dots / BMP_PER_METRE for dots in per_metre])
     return out.getvalue(), lost
 
 
-def _bmp_with_alpha(samples: Array, metadata: ImageMetadata) -> bytes:
+def _bmp_with_alpha(samples: Array, per_metre: list[int]) -> bytes:
     """A BITMAPV4HEADER with masks; Pillow writes one without, and then nobody reads the alpha."""
     height, width = samples.shape[:2]
     body = np.ascontiguousarray(samples[::-1, :, [2, 1, 0, 3]]).tobytes()
-    dpi = metadata.dpi or (96.0, 96.0)
-    per_metre = [round(value / 0.0254) for value in dpi]
     start = 14 + 108
     file = struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start)
     info = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(body), *per_metre, 0, 0)

@@ -28,6 +28,7 @@ from denoise_core.images.types import (
     ImageMetadata,
     grey_or_samples,
     refuse_samples,
+    whole_dpi,
 )
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -229,7 +230,7 @@ def encode(
 
 def _chunks_to_write(metadata: ImageMetadata, samples: Array) -> tuple[list[Chunk], list[str]]:
     if metadata.format != "png":
-        return _general_chunks(metadata), []
+        return _general_chunks(metadata)
     chunks: list[Chunk] = [(kind, body) for kind, body in metadata.native["chunks"]]
     if samples.dtype.name == metadata.dtype:
         return chunks, []
@@ -237,18 +238,18 @@ def _chunks_to_write(metadata: ImageMetadata, samples: Array) -> tuple[list[Chun
     return kept, [f"png:{kind}" for kind, _ in chunks if kind in DEPTH_BOUND]
 
 
-def _general_chunks(metadata: ImageMetadata) -> list[Chunk]:
+def _general_chunks(metadata: ImageMetadata) -> tuple[list[Chunk], list[str]]:
     chunks: list[Chunk] = []
     if metadata.icc:
         chunks.append(("iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)))
-    if metadata.dpi:
-        x, y = (round(value * INCHES_PER_METRE) for value in metadata.dpi)
-        chunks.append(("pHYs", struct.pack(">IIB", x, y, 1)))
+    dots, lost = whole_dpi(metadata, unit=INCHES_PER_METRE, most=2**31 - 1)
+    if any(dots):
+        chunks.append(("pHYs", struct.pack(">IIB", *dots, 1)))
     if metadata.exif:
         chunks.append(("eXIf", metadata.exif))
     if metadata.xmp:
         chunks.append(("iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp))
-    return chunks
+    return chunks, lost
 
 
 def _chunk_bytes(chunk: Chunk) -> bytes:

@@ -446,6 +446,11 @@ def _dpi(page: Any) -> tuple[float, float] | None:
     return xn / xd * factor, yn / yd * factor
 
 
+def is_negative(metadata: ImageMetadata) -> bool:
+    """Whether low values of a TIFF are bright (MinIsWhite), which other formats do not know."""
+    return bool(metadata.native["photometric"] == MINISWHITE)
+
+
 def tags_left_behind(metadata: ImageMetadata) -> list[str]:
     """Names of the tags and axes of a TIFF that no other format keeps."""
     import tifffile
@@ -602,8 +607,12 @@ def page_options(
         "metadata": None,
         "maxworkers": 1,
     }
-    if layout["resolution"]:
-        x, y, unit = layout["resolution"]
+    resolution = layout["resolution"]
+    if resolution and max(*resolution[0], *resolution[1]) >= 2**32:
+        lost.append("DPI")
+        resolution = None
+    if resolution:
+        x, y, unit = resolution
         options |= {"resolution": (tuple(x), tuple(y)), "resolutionunit": unit}
     else:
         options["resolutionunit"] = 1

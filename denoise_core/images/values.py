@@ -83,6 +83,17 @@ def _to_integer(
     return np.clip(out, low, high, out=out).astype(target)
 
 
+def inverted(values: Array, bounds: tuple[float, float]) -> Array:
+    """The negative of `values` within `bounds` (lo, hi): lo becomes hi, and hi becomes lo."""
+    lo, hi = bounds
+    if values.dtype.kind == "f":
+        return np.asarray(lo + hi - values, dtype=values.dtype)
+    info = np.iinfo(values.dtype)
+    low, high = max(int(np.ceil(lo)), info.min), min(int(np.floor(hi)), info.max)
+    # Steps may leave a signed dtype, but wrap around to a result that lies within it.
+    return values.dtype.type(high) - np.clip(values, low, high) + values.dtype.type(low)
+
+
 def rescale(values: Array, dtype: npt.DTypeLike, *, source: tuple[float, float]) -> Array:
     """`values` moved linearly from the range `source` to the dtype's own range, then `to_dtype`.
 
