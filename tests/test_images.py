@@ -16,7 +16,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from denoise_core.errors import (
     ImageError,
@@ -493,6 +493,145 @@ def test_damaged_exif_does_not_keep_an_image_out_of_a_tiff(
     out, lost = again(data, format="tiff")
     assert lost == (name,)
     np.testing.assert_array_equal(decode(out, name="y").pixels, decode(data, name="x").pixels)
+
+
+NAME = "J\u00fcrgen".encode() + b"\0"
+
+
+def tag(order: str, code: int, kind: int, *values: float, text: bytes = b"") -> tuple:
+    """(code, type, count, bytes) of an EXIF directory."""
+    layout = {3: "H", 4: "I", 5: "I", 9: "i", 10: "i", 12: "d"}.get(kind, "B")
+    data = text or struct.pack(f"{order}{len(values)}{layout}", *values)
+    count = len(data) if text else len(values) // (2 if kind in (5, 10) else 1)
+    return code, kind, count, data
+
+
+def directory(order: str, at: int, *tags: tuple) -> bytes:
+    behind, body, tail = at + 6 + 12 * len(tags), struct.pack(order + "H", len(tags)), b""
+    for code, kind, count, data in tags:
+        body += struct.pack(order + "HHI", code, kind, count)
+        if len(data) > 4:
+            body += struct.pack(order + "I", behind + len(tail))
+            tail += data + b"\0" * (len(data) % 2)
+        else:
+            body += data.ljust(4, b"\0")
+    return body + bytes(4) + tail
+
+
+def rich_exif(order: str, *first: tuple) -> bytes:
+    """A block with directories at 8, 512, 1024 and 1536, of every kind of value."""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    found = head + directory(
+        order,
+        8,
+        *first,
+        tag(order, 315, 2, text=NAME),
+        tag(order, 34665, 4, 512),
+        tag(order, 34853, 4, 1024),
+    )
+    found = found.ljust(512, b"\0") + directory(
+        order,
+        512,
+        tag(order, 33434, 5, 1, 60),
+        tag(order, 37121, 7, text=b"\1\2\3\0"),
+        tag(order, 37380, 10, -1, 3),
+        tag(order, 37500, 7, text=bytes(range(30))),
+        tag(order, 37510, 7, text=b"ASCII\0\0\0hello"),
+        tag(order, 40962, 4, 53),
+        tag(order, 40965, 4, 1536),
+        tag(order, 42032, 2, text=NAME),
+        tag(order, 65002, 12, 1.25),
+    )
+    found = found.ljust(1024, b"\0") + directory(
+        order, 1024, tag(order, 2, 5, 52, 1, 30, 1, 1234, 100), tag(order, 27, 7, text=b"ASCII\0")
+    )
+    return found.ljust(1536, b"\0") + directory(order, 1536, tag(order, 1, 2, text=b"R98\0"))
+
+
+def directories_of(block: bytes) -> list[dict[int, tuple]]:
+    """{tag: (type, value)} of the Exif, GPS and interoperability directories, as Pillow reads."""
+    found = []
+    exif = Image.Exif()
+    exif.load(block)
+    pointers = [exif[34665], exif[34853]]
+    for at in pointers:
+        values = TiffImagePlugin.ImageFileDirectory_v2(exif.head)
+        exif.fp.seek(at)
+        values.load(exif.fp)
+        found.append({code: (values.tagtype[code], values[code]) for code in values})
+        if 40965 in values:
+            pointers.append(found[-1].pop(40965)[1])
+    return found
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_exif_survives_every_way(order: str, byteorder: str, big: bool) -> None:
+    block = rich_exif(order)
+    expected = directories_of(block)
+    jpeg = save(smooth(3), "jpeg", exif=b"Exif\0\0" + block)
+    tiff, lost = again(jpeg, format="tiff")
+    assert lost == ()
+    file = io.BytesIO(save_tiff(smooth(3), photometric="rgb", byteorder=byteorder, bigtiff=big))
+    image = decode(file.getvalue(), name="x")
+    image.metadata.exif = block
+    other, lost = encode(image.pixels, None, image.metadata)
+    assert lost == ()
+    for source in (tiff, other):
+        for options in ({}, {"format": "jpeg"}, {"format": "png"}, {"format": "webp"}):
+            out, _ = again(source, **options)
+            found = decode(out, name="y").metadata.exif
+            assert directories_of(found) == expected
+            assert NAME in found
+    with tifffile.TiffFile(io.BytesIO(tiff)) as tif:
+        assert tif.pages[0].tags[315].value == NAME[:-1].decode()
+
+
+def test_exif_tags_that_a_tiff_does_not_take_are_named() -> None:
+    first = [
+        tag("<", 270, 2, text=NAME),
+        tag("<", 282, 5, 300, 1),
+        tag("<", 316, 2, text=b"host\0"),
+        tag("<", 18246, 3, 5),
+        tag("<", 40091, 1, text=b"t\0"),
+    ]
+    out, lost = again(save(smooth(3), "webp", exif=rich_exif("<", *first)), format="tiff")
+    assert lost == ("exif:Rating", "exif:XPTitle")
+    with tifffile.TiffFile(io.BytesIO(out)) as tif:
+        assert tif.pages[0].description == NAME[:-1].decode()
+        assert tif.pages[0].tags[316].value == "host"
+
+
+def test_exif_thumbnail_is_named() -> None:
+    block = bytearray(rich_exif("<"))
+    end = 8 + 2 + 3 * 12
+    block[end : end + 4] = struct.pack("<I", 1536)
+    _, lost = again(save(smooth(3), "webp", exif=bytes(block)), format="tiff")
+    assert lost == ("exif:thumbnail",)
+
+
+@pytest.mark.parametrize(("code", "name"), [(34665, "EXIF (damaged)"), (34853, "GPS (damaged)")])
+def test_exif_pointer_outside_the_tiff_is_named(code: int, name: str) -> None:
+    data = bytearray(save_tiff(smooth(3), photometric="rgb", extratags=[(40000, 4, 1, 0, True)]))
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        at = tif.pages[0].tags[40000].offset
+    data[at : at + 12] = struct.pack("<HHII", code, 4, 1, 1 << 24)
+    _, lost = again(bytes(data))
+    assert lost == (name,)
+
+
+def test_exif_of_further_pages_is_named() -> None:
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        for page in random_array((2, 9, 8), "uint8"):
+            writer.write(page, extratags=[(40000, 4, 1, 0, True)], contiguous=False, metadata=None)
+    data = bytearray(out.getvalue())
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        at = tif.pages[1].tags[40000].offset
+    data[at : at + 12] = struct.pack("<HHII", 34665, 4, 1, 8)
+    _, lost = again(bytes(data))
+    assert lost == ("tiff:EXIF of further pages",)
 
 
 def test_tiff_to_png_names_tags_and_keeps_resolution() -> None:

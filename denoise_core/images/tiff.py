@@ -246,7 +246,8 @@ def decode(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, Image
     with _open(file, name=name) as tif:
         array = tif.series[0].asarray(maxworkers=1)
         metadata = _metadata(tif, header, name=name)
-    metadata.exif = exif_block.from_tiff(file)
+    metadata.exif, lost = exif_block.from_tiff(file)
+    metadata.lost += tuple(lost)
     return flatten(array, header.axes), metadata
 
 
@@ -254,7 +255,8 @@ def read_metadata(file: BinaryIO, header: ImageHeader, *, name: str) -> ImageMet
     """Metadata without pixels, for an image that is read in windows."""
     with _open(file, name=name) as tif:
         metadata = _metadata(tif, header, name=name)
-    metadata.exif = exif_block.from_tiff(file)
+    metadata.exif, lost = exif_block.from_tiff(file)
+    metadata.lost += tuple(lost)
     return metadata
 
 
@@ -409,7 +411,9 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
     for page in series.pages:
         tags = []
         for tag in page.aspage().tags if page is not None else ():
-            if tag.code == PHOTOSHOP_LAYERS:
+            if sets and tag.code in exif_block.SUB_IFDS:
+                lost.append("tiff:EXIF of further pages")
+            elif tag.code == PHOTOSHOP_LAYERS:
                 lost.append("tiff:ImageSourceData (Photoshop layers)")
             elif tag.code not in STRUCTURE_TAGS and tag.code not in RESOLUTION_TAGS:
                 tags.append([tag.code, int(tag.dtype), tag.count, _tag_bytes(tif, tag)])
