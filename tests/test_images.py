@@ -634,6 +634,63 @@ def test_exif_of_further_pages_is_named() -> None:
     assert lost == ("tiff:EXIF of further pages",)
 
 
+def jfif_with(unit: int, x: int, y: int) -> bytes:
+    data = save(smooth(3), "jpeg")
+    return data[:13] + struct.pack(">BHH", unit, x, y) + data[18:]
+
+
+def png_with(kind: bytes, body: bytes) -> bytes:
+    return with_chunks(imagecodecs.png_encode(smooth(3)), (kind, body))
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (png_with(b"pHYs", struct.pack(">IIB", 2, 1, 0)), ("png:pHYs",)),
+        (png_with(b"pHYs", struct.pack(">IIB", 2835, 2835, 1)), ()),
+        (png_with(b"iCCP", b"name\0\0no profile"), ("png:iCCP",)),
+        (png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0damaged"), ("png:iTXt",)),
+        (jfif_with(0, 2, 1), ("jpeg:JFIF aspect ratio",)),
+        (jfif_with(0, 1, 1), ()),
+        (jfif_with(1, 300, 150), ()),
+    ],
+    ids=["ratio", "dpi", "icc", "xmp", "jfif ratio", "jfif square", "jfif dpi"],
+)
+def test_what_a_conversion_cannot_carry_is_named(data: bytes, names: tuple[str, ...]) -> None:
+    assert again(data)[1] == ()
+    assert again(data, format="tiff")[1] == names
+
+
+@pytest.mark.parametrize("target", ["png", "tiff", "jpeg", "webp"])
+def test_compressed_xmp_is_carried(target: str) -> None:
+    head = b"XML:com.adobe.xmp\0\1\0en\0key\0"
+    data = png_with(b"iTXt", head + zlib.compress(b"<x/>" * 99))
+    out, lost = again(data, format=target)
+    assert lost == ()
+    assert decode(out, name="y").metadata.xmp == b"<x/>" * 99
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("told", [True, False])
+def test_resolution_of_exif_alone(kind: str, told: bool) -> None:
+    resolution = [tag("<", 282, 5, 600, 2), tag("<", 283, 5, 150, 1)] if told else []
+    data = save(smooth(3), kind, exif=b"Exif\0\0" + rich_exif("<", *resolution))
+    assert again(data)[1] == ()
+    assert decode(data, name="x").metadata.dpi == ((300, 150) if told else None)
+    out, lost = again(data, format="tiff")
+    assert lost == ()
+    assert decode(out, name="y").metadata.dpi == ((300, 150) if told else None)
+
+
+def test_resolution_of_further_pages_is_named() -> None:
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        for dpi in (300, 72):
+            writer.write(smooth(1)[..., 0], resolution=(dpi, dpi), resolutionunit=2, metadata=None)
+    _, lost = again(out.getvalue())
+    assert lost == ("tiff:DPI of further pages",)
+
+
 def test_tiff_to_png_names_tags_and_keeps_resolution() -> None:
     data = save_tiff(
         random_array((HEIGHT, WIDTH, 4), "uint16"),

@@ -303,28 +303,14 @@ def _call_encoder(
     return npy.encode(samples, metadata)
 
 
-# What of another format's metadata the general fields (ICC, EXIF, XMP, DPI) already carry.
-GENERAL_PNG = frozenset(("iCCP", "pHYs", "eXIf"))
-GENERAL_JPEG = (b"JFIF\0", pillow.EXIF_PREFIX, pillow.XMP_PREFIX, pillow.ICC_PREFIX)
-GENERAL_TIFF = frozenset((tiff.ICC_TAG, tiff.XMP_TAG))
-
-
 def left_behind(metadata: ImageMetadata, target: str) -> list[str]:
     """Names of the native metadata that another format has no place for."""
     if metadata.format == target:
         return []
     if metadata.format == "png":
-        return [
-            f"png:{kind}"
-            for kind, body in metadata.native["chunks"]
-            if kind not in GENERAL_PNG and not body.startswith(b"XML:com.adobe.xmp\0")
-        ]
+        return png.left_behind(metadata)
     if metadata.format == "jpeg":
-        return [
-            "jpeg:comment" if marker == pillow.COM else f"jpeg:APP{marker - pillow.APP0}"
-            for marker, body in metadata.native["segments"]
-            if not body.startswith(GENERAL_JPEG)
-        ]
+        return pillow.jpeg_left_behind(metadata)
     if metadata.format == "tiff":
         return tiff.tags_left_behind(metadata)
     if metadata.format == "zarr":

@@ -133,6 +133,20 @@ def camera_of(block: bytes | None) -> str | None:
     return " ".join(filter(None, (text.strip("\0 ") for text in texts))) or None
 
 
+def dpi_of(block: bytes | None) -> tuple[float, float] | None:
+    """The resolution that an EXIF block tells, in dots per inch."""
+    try:
+        parsed = _parse(block or b"")
+        first = parsed.directories[FIRST]
+        x, y = (struct.unpack(parsed.order + "II", first[code][2]) for code in (282, 283))
+        unit = struct.unpack(parsed.order + "H", first[296][2])[0] if 296 in first else 2
+        factor = {2: 1.0, 3: 2.54}[unit]
+        dpi = x[0] / x[1] * factor, y[0] / y[1] * factor
+    except CODEC_ERRORS:
+        return None
+    return dpi if min(dpi) > 0 else None
+
+
 def from_tiff(file: BinaryIO) -> tuple[bytes | None, list[str]]:
     """The EXIF block (from the byte order mark on) that a TIFF would have as a JPEG, if any.
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from denoise_core.errors import CorruptImage, UnsupportedImage
+from denoise_core.images.exif import dpi_of
 from denoise_core.images.types import (
     Array,
     ImageHeader,
@@ -89,7 +90,7 @@ def _header(kind: str, mode: str, size: tuple[int, int]) -> ImageHeader:
 
 
 def _dpi(info: dict[str, Any]) -> tuple[float, float] | None:
-    """Pillow gives rationals of its own, and takes them from EXIF, where they may be 0/0."""
+    """Pillow gives whatever the header holds."""
     values = tuple(float(value) for value in info.get("dpi", ()))
     return values if len(values) == 2 and all(0 < value < 1e9 for value in values) else None
 
@@ -158,15 +159,18 @@ def decode_jpeg(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
         "subsampling": get_sampling(image) if header.channels == 3 else -1,
         "progressive": bool(image.info.get("progressive")),
     }
+    exif = _strip_exif(image.info.get("exif"))
+    # Pillow makes up 72 dpi for an EXIF block without a resolution.
+    told = image.info.get("jfif_unit") in (1, 2)
     metadata = ImageMetadata(
         format="jpeg",
         dtype="uint8",
         channels=header.channels,
         bits=8,
         icc=image.info.get("icc_profile"),
-        exif=_strip_exif(image.info.get("exif")),
+        exif=exif,
         xmp=image.info.get("xmp"),
-        dpi=_dpi(image.info),
+        dpi=_dpi(image.info) if told else dpi_of(exif),
         native=native,
         lost=tuple(lost),
     )
@@ -186,6 +190,20 @@ def _carried_segments(data: bytes, *, name: str) -> tuple[list[tuple[int, bytes]
         elif marker == COM or (APP0 <= marker <= 0xEF and marker != APP14):
             kept.append((marker, body))
     return kept, lost
+
+
+def jpeg_left_behind(metadata: ImageMetadata) -> list[str]:
+    """Names of the segments that no other format keeps, and of those that nobody could read."""
+    blocks = ((EXIF_PREFIX, metadata.exif), (XMP_PREFIX, metadata.xmp), (ICC_PREFIX, metadata.icc))
+    carried = (b"JFIF\0", *(prefix for prefix, block in blocks if block))
+    lost = []
+    for marker, body in metadata.native["segments"]:
+        # version, unit, density: without a unit a ratio
+        if body.startswith(b"JFIF\0") and body[7:8] == b"\0" and body[8:10] != body[10:12]:
+            lost.append("jpeg:JFIF aspect ratio")
+        elif not body.startswith(carried):
+            lost.append("jpeg:comment" if marker == COM else f"jpeg:APP{marker - APP0}")
+    return lost
 
 
 def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[str]]:
@@ -279,6 +297,7 @@ def decode_webp(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
     image, samples = _load(data, "webp", name=name)
     if samples.shape[-1] == 4 and not header.has_alpha:
         samples = samples[..., :3]
+    exif = _strip_exif(image.info.get("exif"))
     metadata = ImageMetadata(
         format="webp",
         dtype="uint8",
@@ -286,8 +305,9 @@ def decode_webp(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
         has_alpha=samples.shape[-1] == 4,
         bits=8,
         icc=image.info.get("icc_profile"),
-        exif=_strip_exif(image.info.get("exif")),
+        exif=exif,
         xmp=image.info.get("xmp"),
+        dpi=dpi_of(exif),
         native={"lossless": b"VP8L" in _riff_kinds(data)},
     )
     return samples, metadata
@@ -321,7 +341,7 @@ def encode_webp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
     if not lossless:
         options = {"quality": WEBP_QUALITY, "method": 4, "alpha_quality": 100, "exact": True}
     info = _save_info(metadata)
-    if info.pop("dpi", None):
+    if info.pop("dpi", None) not in (None, dpi_of(metadata.exif)):
         lost.append("DPI")
     out = io.BytesIO()
     _image_module().fromarray(np.ascontiguousarray(samples)).save(

@@ -408,9 +408,11 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
     """Raw (code, type, count, bytes) of the tags of every page that has a directory."""
     sets: list[list[list[Any]]] = []
     lost: list[str] = []
+    resolutions: list[dict[int, Any]] = []
     for page in series.pages:
         tags = []
-        for tag in page.aspage().tags if page is not None else ():
+        found = page.aspage().tags if page is not None else None
+        for tag in found if found is not None else ():
             if sets and tag.code in exif_block.SUB_IFDS:
                 lost.append("tiff:EXIF of further pages")
             elif tag.code == PHOTOSHOP_LAYERS:
@@ -418,6 +420,10 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
             elif tag.code not in STRUCTURE_TAGS and tag.code not in RESOLUTION_TAGS:
                 tags.append([tag.code, int(tag.dtype), tag.count, _tag_bytes(tif, tag)])
         sets.append(tags)
+        if found is not None:
+            resolutions.append({code: found.valueof(code) for code in RESOLUTION_TAGS})
+    if any(resolution != resolutions[0] for resolution in resolutions):
+        lost.append("tiff:DPI of further pages")
     return sets, lost
 
 
