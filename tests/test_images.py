@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -272,6 +273,32 @@ def test_ome_tiff_is_restored() -> None:
         assert two.ome_metadata == one.ome_metadata
         assert two.series[0].axes == "ZCYX"
         np.testing.assert_array_equal(two.asarray(), array)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)])
+def test_ome_tiff_of_planes_out_of_order_is_named(order: tuple[int, ...]) -> None:
+    array = random_array((3, HEIGHT, WIDTH), "uint8")
+    ome = tifffile.OmeXml()
+    ome.addimage("uint8", (3, HEIGHT, WIDTH), (3, 1, 1, HEIGHT, WIDTH, 1), axes="CYX")
+    planes = "".join(
+        f'<TiffData FirstC="{channel}" IFD="{page}" PlaneCount="1"/>'
+        for channel, page in enumerate(order)
+    )
+    xml = re.sub(r"<TiffData.*?</TiffData>|<TiffData[^>]*/>", planes, ome.tostring())
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for number, plane in enumerate(array):
+            text = xml.encode() if number == 0 else None
+            writer.write(plane, description=text, metadata=None, contiguous=False)
+    data = file.getvalue()
+    out, lost = again(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as one, tifffile.TiffFile(io.BytesIO(out)) as two:
+        assert one.series[0].axes == "CYX"
+        np.testing.assert_array_equal(one.asarray(), array[list(order)])
+        np.testing.assert_array_equal(two.asarray(), array[list(order)])
+        assert two.is_ome == (order == (0, 1, 2))
+        assert [270 in page.aspage().tags for page in two.pages] == [two.is_ome, False, False]
+    assert lost == (() if order == (0, 1, 2) else ("tiff:OME-XML", "tiff:axes CYX"))
 
 
 @pytest.mark.parametrize("big", [False, True])
@@ -727,6 +754,43 @@ def test_what_a_format_cannot_hold_is_refused(array: np.ndarray, target: str, wo
     np.save(out, array)
     with pytest.raises(UnsupportedImage, match=words):
         again(out.getvalue(), format=target)
+
+
+EXTRA_CHANNEL = {
+    "unspecified": lambda: save_tiff(smooth(4), photometric="rgb", extrasamples=["unspecified"]),
+    "npy of 4": lambda: npy_bytes(smooth(4)),
+    "npy of 2": lambda: npy_bytes(smooth(2)),
+    "2 pages": lambda: save_tiff(
+        random_array((2, HEIGHT, WIDTH), "uint8"), photometric="minisblack"
+    ),
+    "4 pages": lambda: save_tiff(
+        random_array((4, HEIGHT, WIDTH), "uint8"), photometric="minisblack"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(EXTRA_CHANNEL))
+@pytest.mark.parametrize("target", ["png", "webp", "bmp"])
+def test_a_channel_never_becomes_alpha(kind: str, target: str) -> None:
+    data = EXTRA_CHANNEL[kind]()
+    with pytest.raises(UnsupportedImage, match="--format tiff"):
+        again(data, format=target)
+    for other in ("tiff", "npy"):
+        out, _ = again(data, format=other)
+        back = decode(out, name="y")
+        assert back.alpha is None
+        np.testing.assert_array_equal(back.pixels, decode(data, name="x").pixels)
+
+
+@pytest.mark.parametrize("target", ["png", "webp", "bmp", "npy"])
+@pytest.mark.parametrize("kind", ["assocalpha", "unassalpha"])
+def test_associated_alpha_is_named(target: str, kind: str) -> None:
+    data = save_tiff(smooth(4), photometric="rgb", extrasamples=[kind], metadata=None)
+    assert again(data)[1] == ()
+    lost = again(data, format=target)[1]
+    assert ("tiff:associated alpha (colours stay multiplied by it)" in lost) == (
+        kind == "assocalpha"
+    )
 
 
 def test_float_to_sixteen_bit_png() -> None:

@@ -20,6 +20,7 @@ from denoise_core.images.types import (
     ImageHeader,
     ImageMetadata,
     grey_or_samples,
+    refuse_false_alpha,
     refuse_samples,
     whole_dpi,
 )
@@ -333,6 +334,7 @@ def encode_webp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
         lost.append("webp:grey (written as RGB)")
         samples = np.repeat(samples, 3, axis=-1)
     refuse_samples(samples, target="WebP", allowed=(3, 4), dtypes="uint8")
+    refuse_false_alpha(samples, metadata, target="WebP")
     _refuse_side(samples, WEBP_MAX_SIDE, "WebP")
     if samples.shape[-1] == 4 and samples[..., 3].min() == 255:
         lost.append("webp:alpha (opaque everywhere, WebP does not store it)")
@@ -389,6 +391,7 @@ def _bmp_losses(data: bytes) -> tuple[str, ...]:
 def encode_bmp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[str]]:
     """Samples (H, W, 1, 3 or 4) of uint8 -> BMP."""
     refuse_samples(samples, target="BMP", allowed=(1, 3, 4), dtypes="uint8")
+    refuse_false_alpha(samples, metadata, target="BMP")
     lost = ["ICC profile"] if metadata.icc else []
     lost += ["EXIF"] if metadata.exif else []
     lost += ["XMP"] if metadata.xmp else []

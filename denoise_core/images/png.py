@@ -28,6 +28,7 @@ from denoise_core.images.types import (
     ImageHeader,
     ImageMetadata,
     grey_or_samples,
+    refuse_false_alpha,
     refuse_samples,
     whole_dpi,
 )
@@ -244,6 +245,7 @@ def encode(
     import imagecodecs
 
     refuse_samples(samples, target="PNG", allowed=(1, 2, 3, 4), dtypes="uint8 uint16")
+    refuse_false_alpha(samples, metadata, target="PNG")
     level = int(compression) if compression else LEVEL
     body = imagecodecs.png_encode(
         np.ascontiguousarray(grey_or_samples(samples)), level=level, filter=FILTER_AVG

@@ -33,6 +33,7 @@ MAX_SEGMENT_BYTES = 1 << 26
 """Decoded size of one tile or strip up to which windows are worth it."""
 
 MINISWHITE, MINISBLACK, RGB, YCBCR = 0, 1, 2, 6
+ASSOCIATED_ALPHA = 1
 PHOTOMETRICS = (MINISWHITE, MINISBLACK, RGB)
 NONE, LZW, ADOBE_DEFLATE = 1, 5, 8
 # Compressions that lose nothing and that imagecodecs can write; values are the level that is used.
@@ -407,7 +408,10 @@ def _layout(tif: Any, series: Any, page: Any) -> dict[str, Any]:
 def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
     """Raw (code, type, count, bytes) of the tags of every page that has a directory."""
     sets: list[list[list[Any]]] = []
-    lost: list[str] = []
+    # Pages are written in the order of the series, which OME-XML may tell by their old numbers.
+    pages = [page.index for page in series.pages if page is not None]
+    moved = tif.is_ome and pages != list(range(len(pages)))
+    lost = ["tiff:OME-XML", f"tiff:axes {series.axes}"] if moved else []
     resolutions: list[dict[int, Any]] = []
     for page in series.pages:
         tags = []
@@ -417,6 +421,8 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
                 lost.append("tiff:EXIF of further pages")
             elif tag.code == PHOTOSHOP_LAYERS:
                 lost.append("tiff:ImageSourceData (Photoshop layers)")
+            elif moved and tag.code == exif_block.DESCRIPTION:
+                continue
             elif tag.code not in STRUCTURE_TAGS and tag.code not in RESOLUTION_TAGS:
                 tags.append([tag.code, int(tag.dtype), tag.count, _tag_bytes(tif, tag)])
         sets.append(tags)
@@ -468,6 +474,8 @@ def tags_left_behind(metadata: ImageMetadata) -> list[str]:
     carried = (ICC_TAG, XMP_TAG, *exif_block.CAMERA_TAGS)
     codes = {code for tags in metadata.native["tags"] for code, *_ in tags if code not in carried}
     lost = [f"tiff:{tifffile.TIFF.TAGS.get(code, code)}" for code in sorted(codes)]
+    if metadata.has_alpha and metadata.native["extrasamples"] == [ASSOCIATED_ALPHA]:
+        lost.append("tiff:associated alpha (colours stay multiplied by it)")
     axes = metadata.native["axes"]
     return lost if axes in ("YX", "YXS", "SYX") else [f"tiff:axes {axes}", *lost]
 
