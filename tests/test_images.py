@@ -301,6 +301,23 @@ def test_ome_tiff_of_planes_out_of_order_is_named(order: tuple[int, ...]) -> Non
     assert lost == (() if order == (0, 1, 2) else ("tiff:OME-XML", "tiff:axes CYX"))
 
 
+@pytest.mark.parametrize(
+    ("side", "icc", "lost"),
+    [
+        (9, None, ("tiff:ImageDescription", "tiff:axes QYX")),
+        (99, None, ()),
+        (99, ICC * 50, ("tiff:ImageDescription", "tiff:axes QYX")),
+    ],
+)
+def test_small_pages_are_not_taken_for_one_run(
+    side: int, icc: bytes | None, lost: tuple[str, ...]
+) -> None:
+    array = random_array((2, side, side), "uint8")
+    out, named = again(save_tiff(array, photometric="minisblack", iccprofile=icc))
+    assert named == lost
+    np.testing.assert_array_equal(tifffile.imread(io.BytesIO(out)), array)
+
+
 @pytest.mark.parametrize("big", [False, True])
 def test_tiff_exif_directories_are_restored(big: bool) -> None:
     data = save(smooth(3), "tiff", exif=exif_block(), big_tiff=big)

@@ -430,7 +430,22 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
             resolutions.append({code: found.valueof(code) for code in RESOLUTION_TAGS})
     if any(resolution != resolutions[0] for resolution in resolutions):
         lost.append("tiff:DPI of further pages")
+    if _taken_for_one_run(series, sets[0]):
+        sets[0] = [tag for tag in sets[0] if tag[0] != exif_block.DESCRIPTION]
+        lost += ["tiff:ImageDescription", f"tiff:axes {series.axes}"]
     return sets, lost
+
+
+def _taken_for_one_run(series: Any, tags: list[list[Any]]) -> bool:
+    """Whether readers would take pages that are written one by one for one run of pixels.
+
+    tifffile does so behind its own description where the second directory lies further from the
+    first one than all pixels are long: where they are few beside the tags.
+    """
+    page = series.keyframe
+    others = (math.prod(series.shape) // math.prod(page.shaped) - 1) * page.nbytes
+    between = 1024 + 16 * len(page.dataoffsets) + sum(len(tag[3]) for tag in tags)
+    return bool(series.kind == "shaped" and page.compression == NONE and 0 < others < between)
 
 
 def _tag_bytes(tif: Any, tag: Any) -> bytes:
