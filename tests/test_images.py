@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import imagecodecs
 import numpy as np
@@ -15,7 +17,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from denoise_core.errors import (
     ImageError,
@@ -273,6 +275,49 @@ def test_ome_tiff_is_restored() -> None:
         np.testing.assert_array_equal(two.asarray(), array)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)])
+def test_ome_tiff_of_planes_out_of_order_is_named(order: tuple[int, ...]) -> None:
+    array = random_array((3, HEIGHT, WIDTH), "uint8")
+    ome = tifffile.OmeXml()
+    ome.addimage("uint8", (3, HEIGHT, WIDTH), (3, 1, 1, HEIGHT, WIDTH, 1), axes="CYX")
+    planes = "".join(
+        f'<TiffData FirstC="{channel}" IFD="{page}" PlaneCount="1"/>'
+        for channel, page in enumerate(order)
+    )
+    xml = re.sub(r"<TiffData.*?</TiffData>|<TiffData[^>]*/>", planes, ome.tostring())
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for number, plane in enumerate(array):
+            text = xml.encode() if number == 0 else None
+            writer.write(plane, description=text, metadata=None, contiguous=False)
+    data = file.getvalue()
+    out, lost = again(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as one, tifffile.TiffFile(io.BytesIO(out)) as two:
+        assert one.series[0].axes == "CYX"
+        np.testing.assert_array_equal(one.asarray(), array[list(order)])
+        np.testing.assert_array_equal(two.asarray(), array[list(order)])
+        assert two.is_ome == (order == (0, 1, 2))
+        assert [270 in page.aspage().tags for page in two.pages] == [two.is_ome, False, False]
+    assert lost == (() if order == (0, 1, 2) else ("tiff:OME-XML", "tiff:axes CYX"))
+
+
+@pytest.mark.parametrize(
+    ("side", "icc", "lost"),
+    [
+        (9, None, ("tiff:ImageDescription", "tiff:axes QYX")),
+        (99, None, ()),
+        (99, ICC * 50, ("tiff:ImageDescription", "tiff:axes QYX")),
+    ],
+)
+def test_small_pages_are_not_taken_for_one_run(
+    side: int, icc: bytes | None, lost: tuple[str, ...]
+) -> None:
+    array = random_array((2, side, side), "uint8")
+    out, named = again(save_tiff(array, photometric="minisblack", iccprofile=icc))
+    assert named == lost
+    np.testing.assert_array_equal(tifffile.imread(io.BytesIO(out)), array)
+
+
 @pytest.mark.parametrize("big", [False, True])
 def test_tiff_exif_directories_are_restored(big: bool) -> None:
     data = save(smooth(3), "tiff", exif=exif_block(), big_tiff=big)
@@ -494,6 +539,202 @@ def test_damaged_exif_does_not_keep_an_image_out_of_a_tiff(
     np.testing.assert_array_equal(decode(out, name="y").pixels, decode(data, name="x").pixels)
 
 
+NAME = "J\u00fcrgen".encode() + b"\0"
+
+
+def tag(order: str, code: int, kind: int, *values: float, text: bytes = b"") -> tuple:
+    """(code, type, count, bytes) of an EXIF directory."""
+    layout = {3: "H", 4: "I", 5: "I", 9: "i", 10: "i", 12: "d"}.get(kind, "B")
+    data = text or struct.pack(f"{order}{len(values)}{layout}", *values)
+    count = len(data) if text else len(values) // (2 if kind in (5, 10) else 1)
+    return code, kind, count, data
+
+
+def directory(order: str, at: int, *tags: tuple) -> bytes:
+    behind, body, tail = at + 6 + 12 * len(tags), struct.pack(order + "H", len(tags)), b""
+    for code, kind, count, data in tags:
+        body += struct.pack(order + "HHI", code, kind, count)
+        if len(data) > 4:
+            body += struct.pack(order + "I", behind + len(tail))
+            tail += data + b"\0" * (len(data) % 2)
+        else:
+            body += data.ljust(4, b"\0")
+    return body + bytes(4) + tail
+
+
+def rich_exif(order: str, *first: tuple) -> bytes:
+    """A block with directories at 8, 512, 1024 and 1536, of every kind of value."""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    found = head + directory(
+        order,
+        8,
+        *first,
+        tag(order, 315, 2, text=NAME),
+        tag(order, 34665, 4, 512),
+        tag(order, 34853, 4, 1024),
+    )
+    found = found.ljust(512, b"\0") + directory(
+        order,
+        512,
+        tag(order, 33434, 5, 1, 60),
+        tag(order, 37121, 7, text=b"\1\2\3\0"),
+        tag(order, 37380, 10, -1, 3),
+        tag(order, 37500, 7, text=bytes(range(30))),
+        tag(order, 37510, 7, text=b"ASCII\0\0\0hello"),
+        tag(order, 40962, 4, 53),
+        tag(order, 40965, 4, 1536),
+        tag(order, 42032, 2, text=NAME),
+        tag(order, 65002, 12, 1.25),
+    )
+    found = found.ljust(1024, b"\0") + directory(
+        order, 1024, tag(order, 2, 5, 52, 1, 30, 1, 1234, 100), tag(order, 27, 7, text=b"ASCII\0")
+    )
+    return found.ljust(1536, b"\0") + directory(order, 1536, tag(order, 1, 2, text=b"R98\0"))
+
+
+def directories_of(block: bytes) -> list[dict[int, tuple]]:
+    """{tag: (type, value)} of the Exif, GPS and interoperability directories, as Pillow reads."""
+    found = []
+    exif = Image.Exif()
+    exif.load(block)
+    pointers = [exif[34665], exif[34853]]
+    for at in pointers:
+        values = TiffImagePlugin.ImageFileDirectory_v2(exif.head)
+        exif.fp.seek(at)
+        values.load(exif.fp)
+        found.append({code: (values.tagtype[code], values[code]) for code in values})
+        if 40965 in values:
+            pointers.append(found[-1].pop(40965)[1])
+    return found
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_exif_survives_every_way(order: str, byteorder: str, big: bool) -> None:
+    block = rich_exif(order)
+    expected = directories_of(block)
+    jpeg = save(smooth(3), "jpeg", exif=b"Exif\0\0" + block)
+    tiff, lost = again(jpeg, format="tiff")
+    assert lost == ()
+    file = io.BytesIO(save_tiff(smooth(3), photometric="rgb", byteorder=byteorder, bigtiff=big))
+    image = decode(file.getvalue(), name="x")
+    image.metadata.exif = block
+    other, lost = encode(image.pixels, None, image.metadata)
+    assert lost == ()
+    for source in (tiff, other):
+        for options in ({}, {"format": "jpeg"}, {"format": "png"}, {"format": "webp"}):
+            out, _ = again(source, **options)
+            found = decode(out, name="y").metadata.exif
+            assert directories_of(found) == expected
+            assert NAME in found
+    with tifffile.TiffFile(io.BytesIO(tiff)) as tif:
+        assert tif.pages[0].tags[315].value == NAME[:-1].decode()
+
+
+def test_exif_tags_that_a_tiff_does_not_take_are_named() -> None:
+    first = [
+        tag("<", 270, 2, text=NAME),
+        tag("<", 282, 5, 300, 1),
+        tag("<", 316, 2, text=b"host\0"),
+        tag("<", 18246, 3, 5),
+        tag("<", 40091, 1, text=b"t\0"),
+    ]
+    out, lost = again(save(smooth(3), "webp", exif=rich_exif("<", *first)), format="tiff")
+    assert lost == ("exif:Rating", "exif:XPTitle")
+    with tifffile.TiffFile(io.BytesIO(out)) as tif:
+        assert tif.pages[0].description == NAME[:-1].decode()
+        assert tif.pages[0].tags[316].value == "host"
+
+
+def test_exif_thumbnail_is_named() -> None:
+    block = bytearray(rich_exif("<"))
+    end = 8 + 2 + 3 * 12
+    block[end : end + 4] = struct.pack("<I", 1536)
+    _, lost = again(save(smooth(3), "webp", exif=bytes(block)), format="tiff")
+    assert lost == ("exif:thumbnail",)
+
+
+@pytest.mark.parametrize(("code", "name"), [(34665, "EXIF (damaged)"), (34853, "GPS (damaged)")])
+def test_exif_pointer_outside_the_tiff_is_named(code: int, name: str) -> None:
+    data = bytearray(save_tiff(smooth(3), photometric="rgb", extratags=[(40000, 4, 1, 0, True)]))
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        at = tif.pages[0].tags[40000].offset
+    data[at : at + 12] = struct.pack("<HHII", code, 4, 1, 1 << 24)
+    _, lost = again(bytes(data))
+    assert lost == (name,)
+
+
+def test_exif_of_further_pages_is_named() -> None:
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        for page in random_array((2, 9, 8), "uint8"):
+            writer.write(page, extratags=[(40000, 4, 1, 0, True)], contiguous=False, metadata=None)
+    data = bytearray(out.getvalue())
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        at = tif.pages[1].tags[40000].offset
+    data[at : at + 12] = struct.pack("<HHII", 34665, 4, 1, 8)
+    _, lost = again(bytes(data))
+    assert lost == ("tiff:EXIF of further pages",)
+
+
+def jfif_with(unit: int, x: int, y: int) -> bytes:
+    data = save(smooth(3), "jpeg")
+    return data[:13] + struct.pack(">BHH", unit, x, y) + data[18:]
+
+
+def png_with(kind: bytes, body: bytes) -> bytes:
+    return with_chunks(imagecodecs.png_encode(smooth(3)), (kind, body))
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (png_with(b"pHYs", struct.pack(">IIB", 2, 1, 0)), ("png:pHYs",)),
+        (png_with(b"pHYs", struct.pack(">IIB", 2835, 2835, 1)), ()),
+        (png_with(b"iCCP", b"name\0\0no profile"), ("png:iCCP",)),
+        (png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0damaged"), ("png:iTXt",)),
+        (jfif_with(0, 2, 1), ("jpeg:JFIF aspect ratio",)),
+        (jfif_with(0, 1, 1), ()),
+        (jfif_with(1, 300, 150), ()),
+    ],
+    ids=["ratio", "dpi", "icc", "xmp", "jfif ratio", "jfif square", "jfif dpi"],
+)
+def test_what_a_conversion_cannot_carry_is_named(data: bytes, names: tuple[str, ...]) -> None:
+    assert again(data)[1] == ()
+    assert again(data, format="tiff")[1] == names
+
+
+@pytest.mark.parametrize("target", ["png", "tiff", "jpeg", "webp"])
+def test_compressed_xmp_is_carried(target: str) -> None:
+    head = b"XML:com.adobe.xmp\0\1\0en\0key\0"
+    data = png_with(b"iTXt", head + zlib.compress(b"<x/>" * 99))
+    out, lost = again(data, format=target)
+    assert lost == ()
+    assert decode(out, name="y").metadata.xmp == b"<x/>" * 99
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("told", [True, False])
+def test_resolution_of_exif_alone(kind: str, told: bool) -> None:
+    resolution = [tag("<", 282, 5, 600, 2), tag("<", 283, 5, 150, 1)] if told else []
+    data = save(smooth(3), kind, exif=b"Exif\0\0" + rich_exif("<", *resolution))
+    assert again(data)[1] == ()
+    assert decode(data, name="x").metadata.dpi == ((300, 150) if told else None)
+    out, lost = again(data, format="tiff")
+    assert lost == ()
+    assert decode(out, name="y").metadata.dpi == ((300, 150) if told else None)
+
+
+def test_resolution_of_further_pages_is_named() -> None:
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        for dpi in (300, 72):
+            writer.write(smooth(1)[..., 0], resolution=(dpi, dpi), resolutionunit=2, metadata=None)
+    _, lost = again(out.getvalue())
+    assert lost == ("tiff:DPI of further pages",)
+
+
 def test_tiff_to_png_names_tags_and_keeps_resolution() -> None:
     data = save_tiff(
         random_array((HEIGHT, WIDTH, 4), "uint16"),
@@ -532,11 +773,137 @@ def test_what_a_format_cannot_hold_is_refused(array: np.ndarray, target: str, wo
         again(out.getvalue(), format=target)
 
 
+EXTRA_CHANNEL = {
+    "unspecified": lambda: save_tiff(smooth(4), photometric="rgb", extrasamples=["unspecified"]),
+    "npy of 4": lambda: npy_bytes(smooth(4)),
+    "npy of 2": lambda: npy_bytes(smooth(2)),
+    "2 pages": lambda: save_tiff(
+        random_array((2, HEIGHT, WIDTH), "uint8"), photometric="minisblack"
+    ),
+    "4 pages": lambda: save_tiff(
+        random_array((4, HEIGHT, WIDTH), "uint8"), photometric="minisblack"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(EXTRA_CHANNEL))
+@pytest.mark.parametrize("target", ["png", "webp", "bmp"])
+def test_a_channel_never_becomes_alpha(kind: str, target: str) -> None:
+    data = EXTRA_CHANNEL[kind]()
+    with pytest.raises(UnsupportedImage, match="--format tiff"):
+        again(data, format=target)
+    for other in ("tiff", "npy"):
+        out, _ = again(data, format=other)
+        back = decode(out, name="y")
+        assert back.alpha is None
+        np.testing.assert_array_equal(back.pixels, decode(data, name="x").pixels)
+
+
+@pytest.mark.parametrize("target", ["png", "webp", "bmp", "npy"])
+@pytest.mark.parametrize("kind", ["assocalpha", "unassalpha"])
+def test_associated_alpha_is_named(target: str, kind: str) -> None:
+    data = save_tiff(smooth(4), photometric="rgb", extrasamples=[kind], metadata=None)
+    assert again(data)[1] == ()
+    lost = again(data, format=target)[1]
+    assert ("tiff:associated alpha (colours stay multiplied by it)" in lost) == (
+        kind == "assocalpha"
+    )
+
+
 def test_float_to_sixteen_bit_png() -> None:
     array = np.linspace(0, 1, 12, dtype="float32").reshape(3, 4)
     out, _ = again(save_tiff(array), format="png", bit_depth="16")
     expected = np.rint(array.astype("float64") * 65535)
     np.testing.assert_array_equal(decode(out, name="x").pixels[..., 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "target", "name"),
+    [
+        ("xmp", 65_504, "jpeg", None),
+        ("xmp", 65_505, "jpeg", "XMP"),
+        ("exif", 65_527, "jpeg", None),
+        ("exif", 65_528, "jpeg", "EXIF"),
+        ("icc", 255 * 65_519, "jpeg", None),
+        ("icc", 255 * 65_519 + 1, "jpeg", "ICC profile"),
+        ("dpi", 65_535, "jpeg", None),
+        ("dpi", 65_536, "jpeg", "DPI"),
+        ("dpi", 0.25, "jpeg", "DPI"),
+        ("dpi", 4_294_967_295, "png", "DPI"),
+        ("dpi", 4_294_967_295, "bmp", "DPI"),
+        ("dpi", 4_294_967_295, "tiff", "DPI"),
+        ("dpi", 300, "bmp", None),
+        ("dpi", None, "bmp", None),
+    ],
+)
+@pytest.mark.parametrize("samples", [3, 4])
+def test_what_does_not_fit_into_a_format_is_named(
+    field: str, size: float | None, target: str, name: str | None, samples: int
+) -> None:
+    if samples == 4 and target == "jpeg":
+        samples = 1
+    image = decode(imagecodecs.png_encode(smooth(samples).squeeze()), name="x")
+    value = (size, size) if field == "dpi" else b"II*\0".ljust(int(size or 0), b"\0")
+    metadata = replace(image.metadata, **{field: value if size else None}, format="webp")
+    out, lost = encode(image.pixels, image.alpha, metadata, format=target)
+    assert lost == ((name,) if name else ())
+    back = getattr(decode(out, name="y").metadata, field)
+    if name or not size:
+        assert back is None
+    else:
+        assert back == (pytest.approx(value, rel=1e-3) if field == "dpi" else value)
+
+
+def test_what_an_encoder_refuses_is_an_error_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoder(*_: object, **__: object) -> None:
+        raise struct.error("argument out of range")
+
+    monkeypatch.setattr(png_module, "encode", encoder)
+    with pytest.raises(UnsupportedImage, match="as png"):
+        again(imagecodecs.png_encode(smooth(3)))
+
+
+@pytest.mark.parametrize("target", ["png", "jpeg", "webp", "bmp", "npy"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_negative_tiff_becomes_a_positive(target: str, alpha: bool) -> None:
+    array = smooth(2) if alpha else smooth(1)[..., 0]
+    extra = {"extrasamples": ["unassalpha"]} if alpha else {}
+    image = decode(save_tiff(array, photometric="miniswhite", **extra), name="x")
+    if alpha and target != "png":
+        image.metadata.has_alpha, image.alpha = False, None
+    out, _ = encode(image.pixels, image.alpha, image.metadata, format=target)
+    back = decode(out, name="y")
+    assert np.abs(back.pixels[..., 0] - (255.0 - image.pixels[..., 0])).max() <= 3 * (
+        target == "jpeg"
+    )
+    if back.alpha is not None:
+        np.testing.assert_array_equal(back.alpha, image.alpha)
+
+
+@pytest.mark.parametrize("dtype", TIFF_DTYPES)
+def test_a_negative_is_inverted_within_its_range(dtype: str) -> None:
+    array = random_array((9, 8), dtype)
+    data = save_tiff(array, photometric="miniswhite")
+    low, high = data_range(array)
+    out, _ = again(data, format="npy")
+    expected = (low + high - array.astype("float64")).astype(dtype)
+    np.testing.assert_array_equal(decode(out, name="y").pixels[..., 0], expected)
+    wide, _ = again(data, format="npy", bit_depth="32f")
+    unit = decode(wide, name="y").pixels[..., 0]
+    np.testing.assert_allclose(unit, (high - array.astype("float64")) / (high - low), atol=1e-3)
+
+
+def test_a_negative_keeps_to_the_range_it_is_given() -> None:
+    array = np.array([[-5, 0, 10, 4095, 5000]], "int16")
+    image = decode(save_tiff(array, photometric="miniswhite"), name="x")
+    for options, expected in (
+        ({}, [4095, 4095, 4085, 0, 0]),
+        ({"bit_depth": "8"}, [255, 255, 254, 0, 0]),
+        ({"value_range": (0, 1e6)}, [32767, 32767, 32757, 28672, 27767]),
+    ):
+        options = {"value_range": (0, 4095), **options}
+        out, _ = encode(image.pixels, None, image.metadata, format="npy", **options)
+        assert decode(out, name="y").pixels.ravel().tolist() == expected
 
 
 @pytest.mark.parametrize("options", [{"format": "gif"}, {"bit_depth": "12"}, {"compression": "x"}])
@@ -891,9 +1258,10 @@ def test_extreme_integers_do_not_wrap() -> None:
     assert to_dtype(values, "uint32").tolist() == [0, 4294967295, 4294967295]
 
 
-def test_values_without_an_integer() -> None:
-    with pytest.raises(NonFiniteValues):
-        to_dtype(np.array([np.nan], "float32"), "uint8")
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+def test_non_finite_values_are_never_written(dtype: str) -> None:
+    with pytest.raises(NonFiniteValues, match="no-data"):
+        to_dtype(np.array([np.nan], "float32"), dtype)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import posixpath
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from denoise_core.images.types import (
     join_alpha,
     split_alpha,
 )
-from denoise_core.images.values import BIT_DEPTHS, data_range, rescale, to_dtype
+from denoise_core.images.values import BIT_DEPTHS, data_range, inverted, rescale, to_dtype
 from denoise_core.images.zarr import ZarrSource
 from denoise_core.storage import Storage, is_bundle
 
@@ -233,10 +234,14 @@ def encode(
     dtype = source if bit_depth == "preserve" else np.dtype(BIT_DEPTHS[bit_depth])
     if dtype == source:
         lo, hi = value_range or (None, None)
-        samples = join_alpha(to_dtype(pixels, source, lo, hi), alpha)
+        values = to_dtype(pixels, source, lo, hi)
+        bounds = value_range or _range_of(values, metadata)
     else:
-        samples = _change_depth(pixels, alpha, dtype, metadata, value_range)
-    data, lost = _encode_samples(samples, metadata, target, compression)
+        values, alpha = _change_depth(pixels, alpha, dtype, metadata, value_range)
+        bounds = data_range(dtype)
+    if metadata.format == "tiff" != target and tiff.is_negative(metadata):
+        values = inverted(values, bounds)
+    data, lost = _encode_samples(join_alpha(values, alpha), metadata, target, compression)
     return data, tuple(dict.fromkeys((*metadata.lost, *left_behind(metadata, target), *lost)))
 
 
@@ -257,16 +262,32 @@ def _change_depth(
     dtype: np.dtype[np.generic],
     metadata: ImageMetadata,
     value_range: tuple[float, float] | None,
-) -> Array:
-    source = np.dtype(metadata.dtype)
-    bounds = value_range or data_range(pixels if source.kind == "f" else source, bits=metadata.bits)
-    moved = rescale(pixels, dtype, source=bounds)
+) -> tuple[Array, Array | None]:
+    moved = rescale(pixels, dtype, source=value_range or _range_of(pixels, metadata))
     if alpha is None:
-        return moved
-    return join_alpha(moved, rescale(alpha, dtype, source=data_range(source)))
+        return moved, None
+    return moved, rescale(alpha, dtype, source=data_range(metadata.dtype))
+
+
+def _range_of(pixels: Array, metadata: ImageMetadata) -> tuple[float, float]:
+    source = np.dtype(metadata.dtype)
+    return data_range(pixels if source.kind == "f" else source, bits=metadata.bits)
 
 
 def _encode_samples(
+    samples: Array, metadata: ImageMetadata, target: str, compression: str | None
+) -> tuple[bytes, list[str]]:
+    """What an encoder cannot write is a property of the image, not a bug that ends the run."""
+    try:
+        return _call_encoder(samples, metadata, target, compression)
+    except (ArithmeticError, OSError, RuntimeError, ValueError, struct.error) as error:
+        raise UnsupportedImage(
+            f"this image or its metadata cannot be written as {target} ({error}); use another "
+            "--format, tiff or png, or write the source again without its metadata"
+        ) from error
+
+
+def _call_encoder(
     samples: Array, metadata: ImageMetadata, target: str, compression: str | None
 ) -> tuple[bytes, list[str]]:
     if target == "png":
@@ -282,28 +303,14 @@ def _encode_samples(
     return npy.encode(samples, metadata)
 
 
-# What of another format's metadata the general fields (ICC, EXIF, XMP, DPI) already carry.
-GENERAL_PNG = frozenset(("iCCP", "pHYs", "eXIf"))
-GENERAL_JPEG = (b"JFIF\0", pillow.EXIF_PREFIX, pillow.XMP_PREFIX, pillow.ICC_PREFIX)
-GENERAL_TIFF = frozenset((tiff.ICC_TAG, tiff.XMP_TAG))
-
-
 def left_behind(metadata: ImageMetadata, target: str) -> list[str]:
     """Names of the native metadata that another format has no place for."""
     if metadata.format == target:
         return []
     if metadata.format == "png":
-        return [
-            f"png:{kind}"
-            for kind, body in metadata.native["chunks"]
-            if kind not in GENERAL_PNG and not body.startswith(b"XML:com.adobe.xmp\0")
-        ]
+        return png.left_behind(metadata)
     if metadata.format == "jpeg":
-        return [
-            "jpeg:comment" if marker == pillow.COM else f"jpeg:APP{marker - pillow.APP0}"
-            for marker, body in metadata.native["segments"]
-            if not body.startswith(GENERAL_JPEG)
-        ]
+        return pillow.jpeg_left_behind(metadata)
     if metadata.format == "tiff":
         return tiff.tags_left_behind(metadata)
     if metadata.format == "zarr":

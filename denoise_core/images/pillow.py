@@ -14,12 +14,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from denoise_core.errors import CorruptImage, UnsupportedImage
+from denoise_core.images.exif import dpi_of
 from denoise_core.images.types import (
     Array,
     ImageHeader,
     ImageMetadata,
     grey_or_samples,
+    refuse_false_alpha,
     refuse_samples,
+    whole_dpi,
 )
 
 EXIF_PREFIX = b"Exif\0\0"
@@ -28,8 +31,18 @@ ICC_PREFIX = b"ICC_PROFILE\0"
 JPEG_QUALITY = 95
 """Quality of images that were no JPEG before."""
 WEBP_QUALITY = 95
+BMP_PER_METRE = 39.3701
+"""Inches in a metre, as Pillow has them."""
 WEBP_MAX_SIDE = 16383
 JPEG_MAX_SIDE = 65535
+SEGMENT_BYTES = 65533
+"""Most bytes of one JPEG segment."""
+# Most bytes that a JPEG holds of a block, by its name for Pillow, and its name among the losses.
+JPEG_LIMITS = {
+    "icc_profile": (255 * (SEGMENT_BYTES - len(ICC_PREFIX) - 2), "ICC profile"),
+    "exif": (SEGMENT_BYTES, "EXIF"),
+    "xmp": (SEGMENT_BYTES - len(XMP_PREFIX), "XMP"),
+}
 
 
 def _image_module() -> Any:
@@ -78,7 +91,7 @@ def _header(kind: str, mode: str, size: tuple[int, int]) -> ImageHeader:
 
 
 def _dpi(info: dict[str, Any]) -> tuple[float, float] | None:
-    """Pillow gives rationals of its own, and takes them from EXIF, where they may be 0/0."""
+    """Pillow gives whatever the header holds."""
     values = tuple(float(value) for value in info.get("dpi", ()))
     return values if len(values) == 2 and all(0 < value < 1e9 for value in values) else None
 
@@ -147,15 +160,18 @@ def decode_jpeg(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
         "subsampling": get_sampling(image) if header.channels == 3 else -1,
         "progressive": bool(image.info.get("progressive")),
     }
+    exif = _strip_exif(image.info.get("exif"))
+    # Pillow makes up 72 dpi for an EXIF block without a resolution.
+    told = image.info.get("jfif_unit") in (1, 2)
     metadata = ImageMetadata(
         format="jpeg",
         dtype="uint8",
         channels=header.channels,
         bits=8,
         icc=image.info.get("icc_profile"),
-        exif=_strip_exif(image.info.get("exif")),
+        exif=exif,
         xmp=image.info.get("xmp"),
-        dpi=_dpi(image.info),
+        dpi=_dpi(image.info) if told else dpi_of(exif),
         native=native,
         lost=tuple(lost),
     )
@@ -177,6 +193,20 @@ def _carried_segments(data: bytes, *, name: str) -> tuple[list[tuple[int, bytes]
     return kept, lost
 
 
+def jpeg_left_behind(metadata: ImageMetadata) -> list[str]:
+    """Names of the segments that no other format keeps, and of those that nobody could read."""
+    blocks = ((EXIF_PREFIX, metadata.exif), (XMP_PREFIX, metadata.xmp), (ICC_PREFIX, metadata.icc))
+    carried = (b"JFIF\0", *(prefix for prefix, block in blocks if block))
+    lost = []
+    for marker, body in metadata.native["segments"]:
+        # version, unit, density: without a unit a ratio
+        if body.startswith(b"JFIF\0") and body[7:8] == b"\0" and body[8:10] != body[10:12]:
+            lost.append("jpeg:JFIF aspect ratio")
+        elif not body.startswith(carried):
+            lost.append("jpeg:comment" if marker == COM else f"jpeg:APP{marker - APP0}")
+    return lost
+
+
 def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[str]]:
     """Samples (H, W, 1 or 3) of uint8 -> JPEG with the source's own tables where it has them."""
     refuse_samples(samples, target="JPEG", allowed=(1, 3), dtypes="uint8")
@@ -184,8 +214,9 @@ def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
     image = _image_module().fromarray(np.ascontiguousarray(grey_or_samples(samples)))
     out = io.BytesIO()
     if metadata.format != "jpeg":
-        image.save(out, format="JPEG", quality=JPEG_QUALITY, subsampling=0, **_save_info(metadata))
-        return out.getvalue(), []
+        info, lost = _jpeg_info(metadata)
+        image.save(out, format="JPEG", quality=JPEG_QUALITY, subsampling=0, **info)
+        return out.getvalue(), lost
     native = metadata.native
     # -1 is a subsampling that Pillow cannot write (4:4:0, 4:1:1): none is the better one.
     image.save(
@@ -196,6 +227,17 @@ def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
         progressive=native["progressive"],
     )
     return _with_segments(out.getvalue(), native["segments"]), []
+
+
+def _jpeg_info(metadata: ImageMetadata) -> tuple[dict[str, Any], list[str]]:
+    """What Pillow writes beside the pixels, and the names of what does not fit into a JPEG."""
+    info = _save_info(metadata)
+    info["dpi"], lost = whole_dpi(metadata, unit=1, most=65535)
+    for key, (most, name) in JPEG_LIMITS.items():
+        if len(info.get(key, b"")) > most:
+            del info[key]
+            lost.append(name)
+    return info, lost
 
 
 def _refuse_side(samples: Array, side: int, target: str) -> None:
@@ -256,6 +298,7 @@ def decode_webp(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
     image, samples = _load(data, "webp", name=name)
     if samples.shape[-1] == 4 and not header.has_alpha:
         samples = samples[..., :3]
+    exif = _strip_exif(image.info.get("exif"))
     metadata = ImageMetadata(
         format="webp",
         dtype="uint8",
@@ -263,8 +306,9 @@ def decode_webp(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
         has_alpha=samples.shape[-1] == 4,
         bits=8,
         icc=image.info.get("icc_profile"),
-        exif=_strip_exif(image.info.get("exif")),
+        exif=exif,
         xmp=image.info.get("xmp"),
+        dpi=dpi_of(exif),
         native={"lossless": b"VP8L" in _riff_kinds(data)},
     )
     return samples, metadata
@@ -290,6 +334,7 @@ def encode_webp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
         lost.append("webp:grey (written as RGB)")
         samples = np.repeat(samples, 3, axis=-1)
     refuse_samples(samples, target="WebP", allowed=(3, 4), dtypes="uint8")
+    refuse_false_alpha(samples, metadata, target="WebP")
     _refuse_side(samples, WEBP_MAX_SIDE, "WebP")
     if samples.shape[-1] == 4 and samples[..., 3].min() == 255:
         lost.append("webp:alpha (opaque everywhere, WebP does not store it)")
@@ -298,7 +343,7 @@ def encode_webp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
     if not lossless:
         options = {"quality": WEBP_QUALITY, "method": 4, "alpha_quality": 100, "exact": True}
     info = _save_info(metadata)
-    if info.pop("dpi", None):
+    if info.pop("dpi", None) not in (None, dpi_of(metadata.exif)):
         lost.append("DPI")
     out = io.BytesIO()
     _image_module().fromarray(np.ascontiguousarray(samples)).save(
@@ -346,23 +391,25 @@ def _bmp_losses(data: bytes) -> tuple[str, ...]:
 def encode_bmp(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[str]]:
     """Samples (H, W, 1, 3 or 4) of uint8 -> BMP."""
     refuse_samples(samples, target="BMP", allowed=(1, 3, 4), dtypes="uint8")
+    refuse_false_alpha(samples, metadata, target="BMP")
     lost = ["ICC profile"] if metadata.icc else []
     lost += ["EXIF"] if metadata.exif else []
     lost += ["XMP"] if metadata.xmp else []
+    per_metre, no_dpi = whole_dpi(metadata, unit=BMP_PER_METRE, most=2**31 - 1)
+    lost += no_dpi
     if samples.shape[-1] == 4:
-        return _bmp_with_alpha(samples, metadata), lost
+        return _bmp_with_alpha(samples, per_metre), lost
     image = _image_module().fromarray(np.ascontiguousarray(grey_or_samples(samples)))
     out = io.BytesIO()
-    image.save(out, format="BMP", **({"dpi": metadata.dpi} if metadata.dpi else {}))
+    # Without one Pillow writes 96 dpi.
+    image.save(out, format="BMP", dpi=[dots / BMP_PER_METRE for dots in per_metre])
     return out.getvalue(), lost
 
 
-def _bmp_with_alpha(samples: Array, metadata: ImageMetadata) -> bytes:
+def _bmp_with_alpha(samples: Array, per_metre: list[int]) -> bytes:
     """A BITMAPV4HEADER with masks; Pillow writes one without, and then nobody reads the alpha."""
     height, width = samples.shape[:2]
     body = np.ascontiguousarray(samples[::-1, :, [2, 1, 0, 3]]).tobytes()
-    dpi = metadata.dpi or (96.0, 96.0)
-    per_metre = [round(value / 0.0254) for value in dpi]
     start = 14 + 108
     file = struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start)
     info = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(body), *per_metre, 0, 0)

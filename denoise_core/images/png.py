@@ -22,12 +22,15 @@ from typing import BinaryIO
 import numpy as np
 
 from denoise_core.errors import CorruptImage, UnsupportedImage
+from denoise_core.images.exif import dpi_of
 from denoise_core.images.types import (
     Array,
     ImageHeader,
     ImageMetadata,
     grey_or_samples,
+    refuse_false_alpha,
     refuse_samples,
+    whole_dpi,
 )
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -35,6 +38,8 @@ LEVEL = 1
 FILTER_AVG = 64  # PNG_FILTER_AVG of libpng
 COLOUR_SAMPLES = {0: 1, 2: 3, 4: 2, 6: 4}
 INCHES_PER_METRE = 1 / 0.0254
+XMP_KEYWORD = b"XML:com.adobe.xmp\0"
+MAX_INFLATED_BYTES = 1 << 26
 # Chunks that describe the compressed pixels, or that the encoder writes itself.
 STRUCTURE = frozenset(("IHDR", "PLTE", "IDAT", "IEND", "tRNS", "hIST"))
 # Chunks whose layout depends on the colour type or the bit depth.
@@ -168,7 +173,7 @@ def _metadata(chunks: list[Chunk], header: ImageHeader) -> ImageMetadata:
         icc=_inflate_icc(found.get("iCCP")),
         exif=found.get("eXIf"),
         xmp=_find_xmp(kept),
-        dpi=_parse_phys(found.get("pHYs")),
+        dpi=_parse_phys(found.get("pHYs")) or dpi_of(found.get("eXIf")),
         native={"chunks": [[kind, body] for kind, body in kept]},
         lost=lost,
     )
@@ -191,17 +196,39 @@ def _may_copy(kind: str) -> bool:
 def _inflate_icc(body: bytes | None) -> bytes | None:
     if body is None:
         return None
+    return _inflate(body.partition(b"\0")[2][1:])
+
+
+def _inflate(data: bytes) -> bytes | None:
+    stream = zlib.decompressobj()
     try:
-        return zlib.decompressobj().decompress(body[body.index(b"\0") + 2 :], 1 << 26)
-    except (ValueError, zlib.error):
+        inflated = stream.decompress(data, MAX_INFLATED_BYTES)
+    except zlib.error:
         return None
+    return inflated if stream.eof else None
 
 
 def _find_xmp(chunks: list[Chunk]) -> bytes | None:
     for kind, body in chunks:
-        if kind == "iTXt" and body.startswith(b"XML:com.adobe.xmp\0\0"):
-            return body.split(b"\0", 5)[5]
+        if kind == "iTXt" and body.startswith(XMP_KEYWORD):
+            rest = body[len(XMP_KEYWORD) :]
+            # a flag, a method, a language and a translated keyword, each with its end mark
+            text = rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+            return _inflate(text) if rest[:1] == b"\1" else text
     return None
+
+
+def left_behind(metadata: ImageMetadata) -> list[str]:
+    """Names of the chunks that no other format keeps, and of those that nobody could read."""
+    carried = {"iCCP": metadata.icc, "eXIf": metadata.exif}
+    lost = []
+    for kind, body in metadata.native["chunks"]:
+        value = _parse_phys(body) if kind == "pHYs" else carried.get(kind)
+        if kind == "iTXt" and body.startswith(XMP_KEYWORD):
+            value = metadata.xmp
+        if not value:
+            lost.append(f"png:{kind}")
+    return lost
 
 
 def _parse_phys(body: bytes | None) -> tuple[float, float] | None:
@@ -218,6 +245,7 @@ def encode(
     import imagecodecs
 
     refuse_samples(samples, target="PNG", allowed=(1, 2, 3, 4), dtypes="uint8 uint16")
+    refuse_false_alpha(samples, metadata, target="PNG")
     level = int(compression) if compression else LEVEL
     body = imagecodecs.png_encode(
         np.ascontiguousarray(grey_or_samples(samples)), level=level, filter=FILTER_AVG
@@ -229,7 +257,7 @@ def encode(
 
 def _chunks_to_write(metadata: ImageMetadata, samples: Array) -> tuple[list[Chunk], list[str]]:
     if metadata.format != "png":
-        return _general_chunks(metadata), []
+        return _general_chunks(metadata)
     chunks: list[Chunk] = [(kind, body) for kind, body in metadata.native["chunks"]]
     if samples.dtype.name == metadata.dtype:
         return chunks, []
@@ -237,18 +265,18 @@ def _chunks_to_write(metadata: ImageMetadata, samples: Array) -> tuple[list[Chun
     return kept, [f"png:{kind}" for kind, _ in chunks if kind in DEPTH_BOUND]
 
 
-def _general_chunks(metadata: ImageMetadata) -> list[Chunk]:
+def _general_chunks(metadata: ImageMetadata) -> tuple[list[Chunk], list[str]]:
     chunks: list[Chunk] = []
     if metadata.icc:
         chunks.append(("iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)))
-    if metadata.dpi:
-        x, y = (round(value * INCHES_PER_METRE) for value in metadata.dpi)
-        chunks.append(("pHYs", struct.pack(">IIB", x, y, 1)))
+    dots, lost = whole_dpi(metadata, unit=INCHES_PER_METRE, most=2**31 - 1)
+    if any(dots):
+        chunks.append(("pHYs", struct.pack(">IIB", *dots, 1)))
     if metadata.exif:
         chunks.append(("eXIf", metadata.exif))
     if metadata.xmp:
-        chunks.append(("iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp))
-    return chunks
+        chunks.append(("iTXt", XMP_KEYWORD + b"\0\0\0\0" + metadata.xmp))
+    return chunks, lost
 
 
 def _chunk_bytes(chunk: Chunk) -> bytes:

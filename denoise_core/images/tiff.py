@@ -33,6 +33,7 @@ MAX_SEGMENT_BYTES = 1 << 26
 """Decoded size of one tile or strip up to which windows are worth it."""
 
 MINISWHITE, MINISBLACK, RGB, YCBCR = 0, 1, 2, 6
+ASSOCIATED_ALPHA = 1
 PHOTOMETRICS = (MINISWHITE, MINISBLACK, RGB)
 NONE, LZW, ADOBE_DEFLATE = 1, 5, 8
 # Compressions that lose nothing and that imagecodecs can write; values are the level that is used.
@@ -246,7 +247,8 @@ def decode(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, Image
     with _open(file, name=name) as tif:
         array = tif.series[0].asarray(maxworkers=1)
         metadata = _metadata(tif, header, name=name)
-    metadata.exif = exif_block.from_tiff(file)
+    metadata.exif, lost = exif_block.from_tiff(file)
+    metadata.lost += tuple(lost)
     return flatten(array, header.axes), metadata
 
 
@@ -254,7 +256,8 @@ def read_metadata(file: BinaryIO, header: ImageHeader, *, name: str) -> ImageMet
     """Metadata without pixels, for an image that is read in windows."""
     with _open(file, name=name) as tif:
         metadata = _metadata(tif, header, name=name)
-    metadata.exif = exif_block.from_tiff(file)
+    metadata.exif, lost = exif_block.from_tiff(file)
+    metadata.lost += tuple(lost)
     return metadata
 
 
@@ -405,16 +408,44 @@ def _layout(tif: Any, series: Any, page: Any) -> dict[str, Any]:
 def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
     """Raw (code, type, count, bytes) of the tags of every page that has a directory."""
     sets: list[list[list[Any]]] = []
-    lost: list[str] = []
+    # Pages are written in the order of the series, which OME-XML may tell by their old numbers.
+    pages = [page.index for page in series.pages if page is not None]
+    moved = tif.is_ome and pages != list(range(len(pages)))
+    lost = ["tiff:OME-XML", f"tiff:axes {series.axes}"] if moved else []
+    resolutions: list[dict[int, Any]] = []
     for page in series.pages:
         tags = []
-        for tag in page.aspage().tags if page is not None else ():
-            if tag.code == PHOTOSHOP_LAYERS:
+        found = page.aspage().tags if page is not None else None
+        for tag in found if found is not None else ():
+            if sets and tag.code in exif_block.SUB_IFDS:
+                lost.append("tiff:EXIF of further pages")
+            elif tag.code == PHOTOSHOP_LAYERS:
                 lost.append("tiff:ImageSourceData (Photoshop layers)")
+            elif moved and tag.code == exif_block.DESCRIPTION:
+                continue
             elif tag.code not in STRUCTURE_TAGS and tag.code not in RESOLUTION_TAGS:
                 tags.append([tag.code, int(tag.dtype), tag.count, _tag_bytes(tif, tag)])
         sets.append(tags)
+        if found is not None:
+            resolutions.append({code: found.valueof(code) for code in RESOLUTION_TAGS})
+    if any(resolution != resolutions[0] for resolution in resolutions):
+        lost.append("tiff:DPI of further pages")
+    if _taken_for_one_run(series, sets[0]):
+        sets[0] = [tag for tag in sets[0] if tag[0] != exif_block.DESCRIPTION]
+        lost += ["tiff:ImageDescription", f"tiff:axes {series.axes}"]
     return sets, lost
+
+
+def _taken_for_one_run(series: Any, tags: list[list[Any]]) -> bool:
+    """Whether readers would take pages that are written one by one for one run of pixels.
+
+    tifffile does so behind its own description where the second directory lies further from the
+    first one than all pixels are long: where they are few beside the tags.
+    """
+    page = series.keyframe
+    others = (math.prod(series.shape) // math.prod(page.shaped) - 1) * page.nbytes
+    between = 1024 + 16 * len(page.dataoffsets) + sum(len(tag[3]) for tag in tags)
+    return bool(series.kind == "shaped" and page.compression == NONE and 0 < others < between)
 
 
 def _tag_bytes(tif: Any, tag: Any) -> bytes:
@@ -446,6 +477,11 @@ def _dpi(page: Any) -> tuple[float, float] | None:
     return xn / xd * factor, yn / yd * factor
 
 
+def is_negative(metadata: ImageMetadata) -> bool:
+    """Whether low values of a TIFF are bright (MinIsWhite), which other formats do not know."""
+    return bool(metadata.native["photometric"] == MINISWHITE)
+
+
 def tags_left_behind(metadata: ImageMetadata) -> list[str]:
     """Names of the tags and axes of a TIFF that no other format keeps."""
     import tifffile
@@ -453,6 +489,8 @@ def tags_left_behind(metadata: ImageMetadata) -> list[str]:
     carried = (ICC_TAG, XMP_TAG, *exif_block.CAMERA_TAGS)
     codes = {code for tags in metadata.native["tags"] for code, *_ in tags if code not in carried}
     lost = [f"tiff:{tifffile.TIFF.TAGS.get(code, code)}" for code in sorted(codes)]
+    if metadata.has_alpha and metadata.native["extrasamples"] == [ASSOCIATED_ALPHA]:
+        lost.append("tiff:associated alpha (colours stay multiplied by it)")
     axes = metadata.native["axes"]
     return lost if axes in ("YX", "YXS", "SYX") else [f"tiff:axes {axes}", *lost]
 
@@ -602,8 +640,12 @@ def page_options(
         "metadata": None,
         "maxworkers": 1,
     }
-    if layout["resolution"]:
-        x, y, unit = layout["resolution"]
+    resolution = layout["resolution"]
+    if resolution and max(*resolution[0], *resolution[1]) >= 2**32:
+        lost.append("DPI")
+        resolution = None
+    if resolution:
+        x, y, unit = resolution
         options |= {"resolution": (tuple(x), tuple(y)), "resolutionunit": unit}
     else:
         options["resolutionunit"] = 1

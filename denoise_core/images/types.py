@@ -195,6 +195,26 @@ def grey_or_samples(samples: Array) -> Array:
     return samples[..., 0] if samples.shape[-1] == 1 else samples
 
 
+def whole_dpi(metadata: ImageMetadata, *, unit: float, most: int) -> tuple[list[int], list[str]]:
+    """[x, y] in whole dots per `unit` inches, [0, 0] where there are none or they do not fit.
+
+    The list beside it names the loss.
+    """
+    if not metadata.dpi:
+        return [0, 0], []
+    dots = [round(value * unit) for value in metadata.dpi]
+    return (dots, []) if min(dots) >= 1 and max(dots) <= most else ([0, 0], ["DPI"])
+
+
+def refuse_false_alpha(samples: Array, metadata: ImageMetadata, *, target: str) -> None:
+    """Raise UnsupportedImage when a format would take a channel for alpha."""
+    if samples.shape[-1] in (2, 4) and not metadata.has_alpha:
+        raise UnsupportedImage(
+            f"{target} would take the last of these {samples.shape[-1]} channels for alpha, which "
+            "it is not; use --format tiff or npy"
+        )
+
+
 def refuse_samples(samples: Array, *, target: str, allowed: Sequence[int], dtypes: str) -> None:
     """Raise UnsupportedImage when a format cannot hold these samples."""
     if samples.dtype.name not in dtypes.split():

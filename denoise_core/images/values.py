@@ -47,16 +47,17 @@ def to_dtype(
     Integers are rounded half to even and clipped to [lo, hi] (default: the dtype's range) and to
     the dtype. Floats keep values outside [lo, hi], since a range of floats is an estimate and
     highlights above 1 are data; they are only kept finite in the dtype. Raises NonFiniteValues
-    for NaN or infinite values, which have no integer.
+    for NaN or infinite values.
     """
     target = np.dtype(dtype)
-    if values.dtype == target:
-        return values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise NonFiniteValues(
-            "the denoised values hold NaN or infinity; expected finite ones: check the model's "
-            "weights, or use --precision float32"
+            "the denoised values hold NaN or infinity; expected finite ones: replace no-data "
+            "values such as -3.4e38 in the image, which make its range too wide; where it has "
+            "none, check the model's weights, or use --precision float32"
         )
+    if values.dtype == target:
+        return values
     if target.kind == "f":
         info = np.finfo(target)
         return np.clip(values, float(info.min), float(info.max)).astype(target)
@@ -80,6 +81,17 @@ def _to_integer(
         work = np.float64
     out = np.rint(values, dtype=work)
     return np.clip(out, low, high, out=out).astype(target)
+
+
+def inverted(values: Array, bounds: tuple[float, float]) -> Array:
+    """The negative of `values` within `bounds` (lo, hi): lo becomes hi, and hi becomes lo."""
+    lo, hi = bounds
+    if values.dtype.kind == "f":
+        return np.asarray(lo + hi - values, dtype=values.dtype)
+    info = np.iinfo(values.dtype)
+    low, high = max(int(np.ceil(lo)), info.min), min(int(np.floor(hi)), info.max)
+    # Steps may leave a signed dtype, but wrap around to a result that lies within it.
+    return values.dtype.type(high) - np.clip(values, low, high) + values.dtype.type(low)
 
 
 def rescale(values: Array, dtype: npt.DTypeLike, *, source: tuple[float, float]) -> Array:
