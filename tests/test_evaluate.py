@@ -389,6 +389,17 @@ def test_gains_are_paired_and_a_loss_is_a_warning():
     assert "2 of 2 images" in warning
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_changes_images_without_noise_is_a_warning():
+    rows = [row(name, "identity", math.inf) for name in "abc"]
+    rows += [row("a", "m", 40), row("b", "m", 41), row("c", "m", math.inf)]
+    data = statistics.figures(table(rows), methods=["identity", "m"], noises=["gaussian:25"])
+    entries = statistics.summarise(data, models=["m"])
+    assert (entries[1]["gain"]["mean"], entries[1]["spoiled"]) == (None, 2)
+    (warning,) = statistics.find_losses(entries)
+    assert "m changes images that have no noise, 2 of 3 at gaussian:25" in warning
+
+
 def test_two_ends_share_no_image():
     values = np.array([3.0, np.nan, 1.0, 2.0])
     assert statistics.two_ends(values, 10) == ([2, 3], [0])
