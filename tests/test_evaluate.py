@@ -29,6 +29,7 @@ from denoise_core.evaluation.methods import ModelSource, choose_filters, fit, la
 from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
 from denoise_core.metrics import psnr
+from denoise_core.models.classical import CLASSICAL
 from denoise_core.pipelines.evaluate import Watcher, run_evaluation
 from denoise_core.pipelines.measuring import Plan, RunFilters, RunModels
 from denoise_core.storage import StorageOptions
@@ -206,6 +207,13 @@ def test_idx_without_labels_and_what_is_none(tmp_path: Path):
     (tmp_path / "t-images-idx3-ubyte").write_bytes(b"no")
     with pytest.raises(UsageError, match="not an IDX file of images"):
         find_shots(config(tmp_path), OPTIONS)
+
+
+def test_labels_that_are_not_one_for_each_image_are_left_out(tmp_path: Path):
+    write_idx(tmp_path / "t-images-idx3-ubyte", np.zeros((4, 5, 5)))
+    write_idx(tmp_path / "t-labels-idx1-ubyte", np.arange(2))
+    shots = find_shots(config(tmp_path), OPTIONS)
+    assert [read_shot(shot, OPTIONS).label for shot in shots] == [None] * 4
 
 
 def write_pairs(root: Path, names: Sequence[str]) -> None:
@@ -645,6 +653,28 @@ def test_a_model_that_gives_nan_fails_by_a_row(tmp_path: Path):
     assert [(row["method"], row["error_type"]) for row in failed] == [("m", "NonFiniteValues")]
     entry = next(each for each in summary["results"] if each["method"] == "m")
     assert (entry["images"], entry["psnr"]["mean"]) == (0, None)
+
+
+def test_noise_that_takes_no_such_image_fails_that_image_alone(tmp_path: Path):
+    write_png(tmp_path / "a.png", clean_picture(30, 30))
+    np.save(tmp_path / "b.npy", np.zeros((30, 30, 5), np.uint8))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
+    summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25", "jpeg:50"])
+    assert summary["images"] == {"total": 2, "ok": 1, "failed": 1}
+    (failed,) = (row for row in rows_of(tmp_path / "out") if row["status"] == "failed")
+    assert "b.npy: the noise jpeg:50 cannot be added to 5 channel(s)" in failed["error_message"]
+
+
+def test_a_filter_that_gives_nan_fails_by_a_row_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(CLASSICAL, "median", lambda image, sigma: image * np.float32(np.nan))
+    write_png(tmp_path / "a.png", clean_picture(30, 30))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("median",))
+    summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25"])
+    assert summary["images"] == {"total": 1, "ok": 1, "failed": 0}
+    rows = {row["method"]: row["status"] for row in rows_of(tmp_path / "out")}
+    assert rows == {"identity": "ok", "m": "ok", "median": "failed"}
 
 
 def test_nothing_usable_is_told_before_ray(tmp_path: Path):

@@ -240,7 +240,10 @@ def _read_idx_shot(shot: Shot, index: int, options: StorageOptions) -> Picture:
     low, high = data_range(pixels)
     picture = Picture(pixels, Scale(low, high, pixels.dtype.name))
     if shot.labels_uri is not None:
-        picture.label = int(_idx_array(shot.labels_uri, options)[index])
+        labels = _idx_array(shot.labels_uri, options)
+        # They only colour a plot: those that are not one for each image are left out.
+        if labels.shape == images.shape[:1] and labels.dtype.kind in "iu":
+            picture.label = int(labels[index])
     return picture
 
 
