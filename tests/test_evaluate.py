@@ -23,7 +23,7 @@ from helpers import as_dtype, make_checkpoint, picture
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import UnsupportedImage, UsageError
-from denoise_core.evaluation import protocol, statistics
+from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
 from denoise_core.evaluation.methods import ModelSource, choose_filters, fit, label_models
 from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
@@ -704,6 +704,17 @@ def test_training_takes_its_settings_as_before():
 # --- The page in a browser --------------------------------------------------------------------
 
 HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_noises_and_many_labels_leave_a_plot_its_place():
+    mixture = "gaussian:{}-40+clip|salt-pepper:0.01-0.1|speckle:20-60+clip|poisson:30-300+clip"
+    noises = [mixture.format(each % 20) for each in range(100)]
+    points = np.random.default_rng(0).normal(size=(100, 2))
+    known: dict[str, Any] = {"noises": noises, "model": "m", "dimensions": 8}
+    for labels in ([None] * 100, [each % 62 for each in range(100)]):
+        drawn = pictures.latent(points, np.array([0.5, 0.2]), labels=labels, **known)
+        assert drawn.png.startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
