@@ -35,6 +35,7 @@ from denoise_core.space import (
 from denoise_core.storage import LocalStorage
 from denoise_core.training import adapt
 from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, ranked
+from jobs.tune import print_end
 
 ROOT = Path(__file__).parents[1]
 UNET = PRESETS["unet-s"]
@@ -494,6 +495,19 @@ def test_every_trial_validates_eight_times_on_one_noise(tiny, data, tmp_path):
     other = plan(data, tmp_path, text, validation_noise="gaussian:15", steps=None, hours=0.8)
     assert other.plan(1).preset.validation_noise == "gaussian:15"
     assert other.plan(1).config.validate_minutes == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(("epochs", "length"), [(None, " --steps 24\n"), (5, "\n")])
+def test_the_command_states_a_length_where_the_preset_has_none(
+    monkeypatch, data, tmp_path, capsys, epochs, length
+):
+    from denoise_core.pipelines.tune import _notes
+
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, epochs=epochs))
+    search, best = plan(data, tmp_path), replace(trial(1, 30.0), steps=24)
+    print_end([best], search)
+    assert f"--output RUN --config {tmp_path}/out/best.toml{length}" in capsys.readouterr().out
+    assert f"--config THIS_FILE{length}" in _notes(search, best, None)
 
 
 @pytest.mark.parametrize(
