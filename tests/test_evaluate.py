@@ -207,6 +207,10 @@ def test_idx_without_labels_and_what_is_none(tmp_path: Path):
     (tmp_path / "t-images-idx3-ubyte").write_bytes(b"no")
     with pytest.raises(UsageError, match="not an IDX file of images"):
         find_shots(config(tmp_path), OPTIONS)
+    damaged = gzip.compress(b"")[:10] + b"\xff" * 40
+    (tmp_path / "t-images-idx3-ubyte").write_bytes(damaged)
+    with pytest.raises(UsageError, match="cannot be read as an IDX file"):
+        find_shots(config(tmp_path), OPTIONS)
 
 
 def test_labels_that_are_not_one_for_each_image_are_left_out(tmp_path: Path):
