@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -66,6 +66,8 @@ FORM = (
 )
 # Narrower networks than this have nothing left to learn with.
 LEAST_WIDTH = 4
+# Each level halves the image: deeper ones have no pixel left.
+MOST_DEPTH = 16
 
 Settings = dict[str, Any]
 
@@ -88,6 +90,12 @@ class Range:
     low: float
     high: float
     kind: str
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends, of the type that is drawn."""
+        kind = int if self.kind == "whole" else float
+        return kind(self.low), kind(self.high)
 
     def draw(self, rng: np.random.Generator) -> float | int:
         """Draw a number, rounded to four digits so that it can be read and typed."""
@@ -135,13 +143,68 @@ def read_space(text: str, *, source: str, preset: Preset) -> Space:
             + (nearest(key, known) or f" Expected some of {', '.join(known)}."),
         )
     require(bool(table), f"--space {source}: is empty; expected lines such as loss = ['l1', 'mse']")
-    return Space({key: _dimension(value, f"{source}: {key}") for key, value in table.items()})
+    found = {key: _dimension(value, f"{source}: {key}") for key, value in table.items()}
+    for key, part in found.items():
+        for value in part.values if isinstance(part, Choices) else part.ends:
+            _check(key, value, preset, f"--space {source}: {key}")
+    return Space(found)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
+# A setting, or the type of one -> whether a value of a space fits, and how that is called.
+KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    "noise": (lambda v: isinstance(v, str) or _is_texts(v), "a text or a list of texts"),
+    "width": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "depth": (
+        lambda v: type(v) is int and 0 < v <= MOST_DEPTH,
+        f"a whole number from 1 to {MOST_DEPTH}",
+    ),
+    "widths": (
+        lambda v: isinstance(v, list) and all(type(each) is int and each > 0 for each in v),
+        "a list of whole numbers above 0",
+    ),
+    tuple: (
+        lambda v: isinstance(v, list) and all(type(each) is int and each >= 0 for each in v),
+        "a list of whole numbers",
+    ),
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    int: (lambda v: type(v) is int, "a whole number (of a range: {whole = [LOW, HIGH]})"),
+    float: (_is_number, "a number"),
+    str: (lambda v: isinstance(v, str), "a text"),
+}
+
+
+def _check(key: str, value: Any, preset: Preset, name: str) -> None:
+    """Raise UsageError unless a setting can have a value; `name` begins the sentence."""
+    if key == "arguments":
+        own = [each for each in preset.arguments if each not in FIXED]
+        fits = isinstance(value, dict) and all(each in own for each in value)
+        words = f"a table of some of {', '.join(own)}"
+    else:
+        kind: Any = key
+        if key in preset.arguments and key not in KINDS:
+            kind = type(preset.arguments[key])
+        elif key not in KINDS:
+            hint = get_type_hints(TrainConfig)[key]
+            kind = next(each for each in (*get_args(hint), hint) if each in KINDS)
+        check, words = KINDS[kind]
+        fits = check(value)
+    require(fits, f"{name} = {json.dumps(value, default=str)}: expected {words}.")
+    for inner, each in value.items() if key == "arguments" else ():
+        _check(inner, each, preset, f"{name}: {inner}")
 
 
 def _dimension(value: Any, name: str) -> Choices | Range:
     if isinstance(value, list) and value:
         return Choices(tuple(value))
-    form = f"--space {name} = {json.dumps(value)}: expected {FORM}."
+    form = f"--space {name} = {json.dumps(value, default=str)}: expected {FORM}."
     require(isinstance(value, dict) and len(value) == 1, form)
     ((kind, ends),) = value.items()
     require(kind in ("log", "uniform", "whole"), form)
@@ -188,6 +251,7 @@ def with_arguments(preset: Preset, texts: Sequence[str]) -> Preset:
             + (nearest(key, known) or f" Expected some of {', '.join(known)}."),
         )
         changes[key] = _argument(value, text)
+        _check(key, changes[key], preset, f"--arguments {key}")
     return reshaped(preset, shaped(preset.arguments, changes))
 
 

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,8 @@ def plot_bytes(trials: Sequence[Trial], *, title: str) -> bytes:
     _draw_curves(figure.add_subplot(grid[0, :]), trials)
     for place, key in enumerate(keys):
         _draw_key(figure.add_subplot(grid[1 + place // columns, place % columns]), key, trials)
-    figure.suptitle(title)
+    # Twelve points: ten letters take an inch.
+    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())))
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -39,6 +39,7 @@ from denoise_core.benchmarks.quality import split_words
 from denoise_core.benchmarks.tables import machine_facts
 from denoise_core.config import setting
 from jobs._cli import settings_command
+from jobs._ray import end_on_sigterm
 
 BENCHMARKS: dict[str, tuple[type, str]] = {
     "throughput": (ThroughputConfig, "Mpx/s of jobs.denoise, of a plain loop, of the bare model."),
@@ -100,6 +101,7 @@ class AllConfig:
 
 def measure(name: str, config: Any) -> Path:
     """Run one benchmark, write and print its tables; return the Markdown file."""
+    end_on_sigterm()
     facts = machine_facts()
     module = importlib.import_module(f"denoise_core.benchmarks.{name}")
     path = write_result(module.run(config), config, facts=facts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from denoise_core.config import TuneConfig
 from denoise_core.trials import Trial, baseline_of, best_of, keys_of, ranked, text_of
 from jobs._cli import settings_command
 from jobs._ray import _silent_stderr, start_ray
+
+if TYPE_CHECKING:
+    from denoise_core.pipelines.tune import Search
 
 SHOWN = 12
 WIDTH = 160
@@ -34,7 +38,7 @@ def run(config: TuneConfig) -> int:
     start_ray()
     trials = run_search(search, show=show)
     print_table(trials)
-    print_end(trials, config)
+    print_end(trials, search)
     return 0
 
 
@@ -87,7 +91,7 @@ def print_table(trials: Sequence[Trial]) -> None:
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
-def print_end(trials: Sequence[Trial], config: TuneConfig) -> None:
+def print_end(trials: Sequence[Trial], search: Search) -> None:
     """Print the gain and what to do with it."""
     best, baseline = best_of(trials), baseline_of(trials)
     assert best is not None
@@ -95,13 +99,12 @@ def print_end(trials: Sequence[Trial], config: TuneConfig) -> None:
     if best is baseline:
         gain = ": the preset as it is"
     click.echo(f"Best: trial {best.number}, {best.psnr:.2f} dB{gain}. Table, plot and settings:")
+    output = search.config.output
     for name in ("trials.csv", "tune.png", "best.toml"):
-        click.echo(f"  {config.output}/{name}")
-    data = " ".join(config.data)
-    click.echo(
-        f"Train with them: python -m jobs.train {data} --output RUN --config "
-        f"{config.output}/best.toml"
-    )
+        click.echo(f"  {output}/{name}")
+    data = " ".join(search.config.data)
+    command = search.training_command(best, data=data, settings=f"{output}/best.toml")
+    click.echo(f"Train with them: {command}")
 
 
 main = settings_command(

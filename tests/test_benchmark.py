@@ -28,7 +28,7 @@ from denoise_core.benchmarks import (
 from denoise_core.benchmarks.child import call
 from denoise_core.benchmarks.processes import Moment, Process, Sampler, Watched, kind_of
 from denoise_core.benchmarks.tables import command_line, table
-from denoise_core.errors import RunFailed
+from denoise_core.errors import RunFailed, UsageError
 from denoise_core.models.classical import CLASSICAL
 from jobs.benchmark import main
 
@@ -484,6 +484,25 @@ def test_a_child_reports_its_own_peak_and_its_errors(tmp_path: Path) -> None:
     assert 10e6 < made.peak_rss < len(ballast)
     with pytest.raises(RunFailed, match="unexpected keyword"):
         call("listing:make_done", wrong=1)
+    with pytest.raises(UsageError, match=r"^--data /nowhere: no images there"):
+        call("pictures:picture_files", folder="/nowhere")
+
+
+def test_what_ends_a_benchmark_ends_what_it_watches(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    sleep = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid()))"
+    command = [sys.executable, "-c", f"{sleep}; time.sleep(60)"]
+    body = (
+        "from denoise_core.benchmarks.processes import watch; from jobs._ray import end_on_sigterm"
+        f"; end_on_sigterm(); watch({command!r}, every_s=0.1, memory=False)"
+    )
+    with subprocess.Popen([sys.executable, "-c", body], stderr=subprocess.DEVNULL) as job:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (told.exists() and told.read_text()):
+            time.sleep(0.05)
+        job.terminate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
 
 
 def test_sampler_sees_the_memory_of_a_grandchild() -> None:

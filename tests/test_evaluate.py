@@ -23,12 +23,13 @@ from helpers import as_dtype, make_checkpoint, picture
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import UnsupportedImage, UsageError
-from denoise_core.evaluation import protocol, statistics
+from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
 from denoise_core.evaluation.methods import ModelSource, choose_filters, fit, label_models
 from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
 from denoise_core.metrics import psnr
+from denoise_core.models.classical import CLASSICAL
 from denoise_core.pipelines.evaluate import Watcher, run_evaluation
 from denoise_core.pipelines.measuring import Plan, RunFilters, RunModels
 from denoise_core.storage import StorageOptions
@@ -206,6 +207,17 @@ def test_idx_without_labels_and_what_is_none(tmp_path: Path):
     (tmp_path / "t-images-idx3-ubyte").write_bytes(b"no")
     with pytest.raises(UsageError, match="not an IDX file of images"):
         find_shots(config(tmp_path), OPTIONS)
+    damaged = gzip.compress(b"")[:10] + b"\xff" * 40
+    (tmp_path / "t-images-idx3-ubyte").write_bytes(damaged)
+    with pytest.raises(UsageError, match="cannot be read as an IDX file"):
+        find_shots(config(tmp_path), OPTIONS)
+
+
+def test_labels_that_are_not_one_for_each_image_are_left_out(tmp_path: Path):
+    write_idx(tmp_path / "t-images-idx3-ubyte", np.zeros((4, 5, 5)))
+    write_idx(tmp_path / "t-labels-idx1-ubyte", np.arange(2))
+    shots = find_shots(config(tmp_path), OPTIONS)
+    assert [read_shot(shot, OPTIONS).label for shot in shots] == [None] * 4
 
 
 def write_pairs(root: Path, names: Sequence[str]) -> None:
@@ -387,6 +399,17 @@ def test_gains_are_paired_and_a_loss_is_a_warning():
     (warning,) = statistics.find_losses(list(entries.values()))
     assert "m loses to the noisy input itself at gaussian:25: -1.00 dB" in warning
     assert "2 of 2 images" in warning
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_changes_images_without_noise_is_a_warning():
+    rows = [row(name, "identity", math.inf) for name in "abc"]
+    rows += [row("a", "m", 40), row("b", "m", 41), row("c", "m", math.inf)]
+    data = statistics.figures(table(rows), methods=["identity", "m"], noises=["gaussian:25"])
+    entries = statistics.summarise(data, models=["m"])
+    assert (entries[1]["gain"]["mean"], entries[1]["spoiled"]) == (None, 2)
+    (warning,) = statistics.find_losses(entries)
+    assert "m changes images that have no noise, 2 of 3 at gaussian:25" in warning
 
 
 def test_two_ends_share_no_image():
@@ -636,6 +659,28 @@ def test_a_model_that_gives_nan_fails_by_a_row(tmp_path: Path):
     assert (entry["images"], entry["psnr"]["mean"]) == (0, None)
 
 
+def test_noise_that_takes_no_such_image_fails_that_image_alone(tmp_path: Path):
+    write_png(tmp_path / "a.png", clean_picture(30, 30))
+    np.save(tmp_path / "b.npy", np.zeros((30, 30, 5), np.uint8))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
+    summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25", "jpeg:50"])
+    assert summary["images"] == {"total": 2, "ok": 1, "failed": 1}
+    (failed,) = (row for row in rows_of(tmp_path / "out") if row["status"] == "failed")
+    assert "b.npy: the noise jpeg:50 cannot be added to 5 channel(s)" in failed["error_message"]
+
+
+def test_a_filter_that_gives_nan_fails_by_a_row_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(CLASSICAL, "median", lambda image, sigma: image * np.float32(np.nan))
+    write_png(tmp_path / "a.png", clean_picture(30, 30))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("median",))
+    summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25"])
+    assert summary["images"] == {"total": 1, "ok": 1, "failed": 0}
+    rows = {row["method"]: row["status"] for row in rows_of(tmp_path / "out")}
+    assert rows == {"identity": "ok", "m": "ok", "median": "failed"}
+
+
 def test_nothing_usable_is_told_before_ray(tmp_path: Path):
     with pytest.raises(UsageError, match="no such file or folder"):
         run_evaluation(config(tmp_path / "none", output=str(tmp_path / "o")), watcher=Watcher())
@@ -663,6 +708,17 @@ def test_training_takes_its_settings_as_before():
 # --- The page in a browser --------------------------------------------------------------------
 
 HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_noises_and_many_labels_leave_a_plot_its_place():
+    mixture = "gaussian:{}-40+clip|salt-pepper:0.01-0.1|speckle:20-60+clip|poisson:30-300+clip"
+    noises = [mixture.format(each % 20) for each in range(100)]
+    points = np.random.default_rng(0).normal(size=(100, 2))
+    known: dict[str, Any] = {"noises": noises, "model": "m", "dimensions": 8}
+    for labels in ([None] * 100, [each % 62 for each in range(100)]):
+        drawn = pictures.latent(points, np.array([0.5, 0.2]), labels=labels, **known)
+        assert drawn.png.startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")

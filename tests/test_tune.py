@@ -35,6 +35,7 @@ from denoise_core.space import (
 from denoise_core.storage import LocalStorage
 from denoise_core.training import adapt
 from denoise_core.trials import Trial, baseline_of, best_of, csv_bytes, plot_bytes, ranked
+from jobs.tune import print_end
 
 ROOT = Path(__file__).parents[1]
 UNET = PRESETS["unet-s"]
@@ -96,6 +97,24 @@ def test_a_space_is_read_from_toml():
         ("ema = {uniform = [0, nan]}", "expected LOW below HIGH"),
         ("loss = [", "is not valid TOML"),
         ("", "is empty"),
+        ("learning_rate = ['1e-3']", 'learning_rate = "1e-3": expected a number'),
+        ("learning_rate = [nan]", "learning_rate = NaN: expected a number"),
+        ("grey = [true]", "expected a number"),
+        ("warmup_steps = ['a']", "expected a whole number"),
+        ("batch = {uniform = [2, 6]}", "expected a whole number (of a range: {whole = "),
+        ("augment = [3]", "augment = 3: expected a text"),
+        ("noise = [5]", "expected a text or a list of texts"),
+        ("noise = [['gaussian:5', 3]]", "expected a text or a list of texts"),
+        ("width = ['a']", "expected a number above 0"),
+        ("depth = ['x']", "expected a whole number from 1 to 16"),
+        ("depth = [1000000]", "expected a whole number from 1 to 16"),
+        ("widths = [24]", "widths = 24: expected a list of whole numbers above 0"),
+        ("blocks = [[1, 1.5]]", "expected a list of whole numbers"),
+        ("arguments = [1]", "arguments = 1: expected a table of some of widths, blocks"),
+        ("arguments = [{up = 'x'}]", "expected a table of some of widths, blocks"),
+        ("arguments = [{widths = 5}]", "arguments: widths = 5: expected a list"),
+        ("clip_norm = [1979-05-27]", 'clip_norm = "1979-05-27": expected a number'),
+        ("clip_norm = 1979-05-27", "expected a list of values"),
     ],
 )
 def test_what_is_no_space_gets_a_sentence(text, sentence):
@@ -197,6 +216,7 @@ def test_arguments_of_the_architecture_on_the_command_line():
         ("widths", "expected KEY=VALUE"),
         ("widths=[8,16]", "unet cannot be built"),
         ("channels=1", "no argument 'channels'"),
+        ("widths=24", "--arguments widths = 24: expected a list of whole numbers above 0"),
     ):
         with pytest.raises(UsageError, match=sentence):
             with_arguments(UNET, [text])
@@ -494,6 +514,19 @@ def test_every_trial_validates_eight_times_on_one_noise(tiny, data, tmp_path):
     other = plan(data, tmp_path, text, validation_noise="gaussian:15", steps=None, hours=0.8)
     assert other.plan(1).preset.validation_noise == "gaussian:15"
     assert other.plan(1).config.validate_minutes == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(("epochs", "length"), [(None, " --steps 24\n"), (5, "\n")])
+def test_the_command_states_a_length_where_the_preset_has_none(
+    monkeypatch, data, tmp_path, capsys, epochs, length
+):
+    from denoise_core.pipelines.tune import _notes
+
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, epochs=epochs))
+    search, best = plan(data, tmp_path), replace(trial(1, 30.0), steps=24)
+    print_end([best], search)
+    assert f"--output RUN --config {tmp_path}/out/best.toml{length}" in capsys.readouterr().out
+    assert f"--config THIS_FILE{length}" in _notes(search, best, None)
 
 
 @pytest.mark.parametrize(

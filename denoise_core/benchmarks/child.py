@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from denoise_core.errors import RunFailed
+from denoise_core.errors import DenoiseError, RunFailed, UsageError
 
 MODULE = "denoise_core.benchmarks.child"
 
@@ -37,7 +37,10 @@ class ChildRun:
 
 
 def call(function: str, **arguments: Any) -> ChildRun:
-    """Run `MODULE:FUNCTION` of `denoise_core.benchmarks`. Raises RunFailed with its last words."""
+    """Run `MODULE:FUNCTION` of `denoise_core.benchmarks`.
+
+    Raises UsageError where it did so, RunFailed with its sentence or last words for all else.
+    """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         answer = Path(folder) / "answer.json"
         started_at = time.time()
@@ -47,9 +50,11 @@ def call(function: str, **arguments: Any) -> ChildRun:
             text=True,
         )
         seconds = time.time() - started_at
+        content = json.loads(answer.read_text()) if answer.exists() else {}
+        if "error" in content:
+            raise (UsageError if content["usage"] else RunFailed)(content["error"])
         if done.returncode != 0:
             raise RunFailed(f"{function} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        content = json.loads(answer.read_text())
     return ChildRun(content["value"], started_at, seconds, content["peak_rss"])
 
 
@@ -73,8 +78,11 @@ def main() -> None:
     name, arguments, answer = sys.argv[1:]
     module, _, function = name.partition(":")
     body = getattr(importlib.import_module(f"denoise_core.benchmarks.{module}"), function)
-    value = body(**json.loads(arguments))
-    Path(answer).write_text(json.dumps({"value": value, "peak_rss": peak_rss()}))
+    try:
+        content = {"value": body(**json.loads(arguments)), "peak_rss": peak_rss()}
+    except DenoiseError as error:
+        content = {"error": str(error), "usage": isinstance(error, UsageError)}
+    Path(answer).write_text(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ KINDS = (
 # When the detailed memory of a process is asked again: after a change of RSS, or some time.
 DETAIL_BYTES = 2_000_000
 DETAIL_S = 3.0
+# A job that is told to end has so long to end its workers.
+END_S = 30
 IDLE = "idle worker"
 OTHER = "Ray services"
 ROW_COLUMNS = (
@@ -248,14 +250,19 @@ def watch(command: Sequence[str], *, every_s: float, memory: bool) -> tuple[Watc
     """Run a command while sampling its processes; return them and the wall time.
 
     Without RAY_ADDRESS: what is measured is this machine. Raises RunFailed on an exit code but 0.
+    Who interrupts it ends the command too.
     """
     environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
         with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as job:
-            sampler = Sampler(job.pid, every_s=every_s, memory=memory)
-            sampler.start()
-            code = job.wait()
+            try:
+                sampler = Sampler(job.pid, every_s=every_s, memory=memory)
+                sampler.start()
+                code = job.wait()
+            except BaseException:
+                _end(job)
+                raise
             seconds = time.monotonic() - started
             watched = sampler.stop()
         log.seek(0)
@@ -263,3 +270,11 @@ def watch(command: Sequence[str], *, every_s: float, memory: bool) -> tuple[Watc
     if code != 0:
         raise RunFailed(f"{' '.join(command)} ended with {code}:\n{tail}")
     return watched, seconds
+
+
+def _end(job: subprocess.Popen[bytes]) -> None:
+    job.terminate()
+    try:
+        job.wait(END_S)
+    except subprocess.TimeoutExpired:
+        job.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import posixpath
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ COLORS = (
 )  # fmt: skip
 ERROR_MAP = "magma"
 MOST_POINTS = 4000
+LEGEND_LINES = 22  # of nine points beside a plot of the usual height
 SMALL = 128  # pixels a side below which an image is shown pixel by pixel, in a smaller place
 
 
@@ -92,6 +94,11 @@ def _short(name: str, most: int = 30) -> str:
 def _fitting(name: str, width: float) -> str:
     """A name short enough to stand under a picture of so many inches, in nine points."""
     return _short(name, int(width * 12))
+
+
+def _noise(text: str) -> str:
+    """A noise in a legend: at most two lines, the middle left out where it is longer."""
+    return "\n".join(textwrap.wrap(_short(text, 55), 28, break_on_hyphens=False))
 
 
 def _db(value: float) -> str:
@@ -357,13 +364,16 @@ def latent(
 ) -> Drawn:
     """The first two principal components of codes, coloured by noise and, where known, by label."""
     by_noise = [
-        (_plain(noise), np.array([n == noise for n in noises])) for noise in dict.fromkeys(noises)
+        (_noise(noise), np.array([n == noise for n in noises])) for noise in dict.fromkeys(noises)
     ]
     known = sorted({label for label in labels if label is not None})
     by_label = [(str(label), np.array([one == label for one in labels])) for label in known]
     panels = [("label", by_label)] if known else []
     panels += [("noise", by_noise)] if len(by_noise) > 1 or not known else []
-    figure = _figure(5.6 * len(panels) + 0.6, 4.8)
+    lines = sum(1 + name.count("\n") for name, _ in by_noise)
+    columns = 1 + len(by_label) // LEGEND_LINES  # of a legend of labels, which are short
+    width = 5.6 * len(panels) + 0.6 * columns
+    figure = _figure(width, 4.8 * max(1.0, lines / LEGEND_LINES))
     for axes, (title, groups) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
@@ -379,7 +389,12 @@ def latent(
                 label=name,
             )
         axes.legend(
-            fontsize=9, frameon=False, markerscale=2, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+            fontsize=9,
+            frameon=False,
+            markerscale=2,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+            ncols=columns if title == "label" else 1,
         )
     return _finish(
         figure,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import posixpath
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -160,7 +161,7 @@ def _idx_count(uri: str, options: StorageOptions) -> int:
     try:
         with storage_for(uri, options).open(uri) as file:
             head = _unzipped(file).read(8)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{uri}: cannot be read as an IDX file ({error}).") from error
     if len(head) < 8 or head[:2] != b"\0\0" or head[3] not in (3, 4):
         raise UsageError(
@@ -240,7 +241,10 @@ def _read_idx_shot(shot: Shot, index: int, options: StorageOptions) -> Picture:
     low, high = data_range(pixels)
     picture = Picture(pixels, Scale(low, high, pixels.dtype.name))
     if shot.labels_uri is not None:
-        picture.label = int(_idx_array(shot.labels_uri, options)[index])
+        labels = _idx_array(shot.labels_uri, options)
+        # They only colour a plot: those that are not one for each image are left out.
+        if labels.shape == images.shape[:1] and labels.dtype.kind in "iu":
+            picture.label = int(labels[index])
     return picture
 
 

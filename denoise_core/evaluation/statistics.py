@@ -76,7 +76,8 @@ class Figures:
 
     def gain(self, method: str, noise: str) -> Floats:
         """PSNR of a method minus that of the noisy input, for each image; NaN where unknown."""
-        return self.psnr[self.at(method, noise)] - self.psnr[self.at(IDENTITY, noise)]
+        with np.errstate(invalid="ignore"):  # two infinite ones: unknown
+            return self.psnr[self.at(method, noise)] - self.psnr[self.at(IDENTITY, noise)]
 
 
 def figures(table: pa.Table, *, methods: list[str], noises: list[str]) -> Figures:
@@ -102,8 +103,9 @@ def summarise(data: Figures, *, models: list[str]) -> list[dict[str, Any]]:
     """Return one entry for each noise and method, in that order, as plain JSON values.
 
     `gain` is the paired gain in PSNR over the noisy input, `loses` the images where it is negative,
-    `identical` those with an infinite PSNR, which have no part in the mean. `first_model_psnr` is
-    the mean PSNR of the first model over the images that this method saw.
+    `identical` those with an infinite PSNR, which have no part in the mean, `spoiled` those without
+    noise that the method changed. `first_model_psnr` is the mean PSNR of the first model over the
+    images that this method saw.
     """
     entries = []
     for noise in data.noises:
@@ -124,6 +126,7 @@ def summarise(data: Figures, *, models: list[str]) -> list[dict[str, Any]]:
                     "gain": interval(gain).to_json(),
                     "loses": int((gain < 0).sum()),
                     "identical": int(np.isinf(data.psnr[place]).sum()),
+                    "spoiled": int(np.isneginf(gain).sum()),
                     "first_model_psnr": None if first is None else interval(first[seen]).mean,
                     "milliseconds": interval(data.milliseconds[place]).mean,
                 }
@@ -133,12 +136,18 @@ def summarise(data: Figures, *, models: list[str]) -> list[dict[str, Any]]:
 
 def find_losses(entries: list[dict[str, Any]]) -> list[str]:
     """Return a sentence for each model and noise where the noisy input itself is better."""
+    models = [e for e in entries if e["kind"] == "model"]
     return [
         f"{e['method']} loses to the noisy input itself at {e['noise']}: {e['gain']['mean']:+.2f} "
-        f"dB PSNR on average, worse on {e['loses']} of {e['gain']['count']} images. Do not use it "
-        "for such noise."
-        for e in entries
-        if e["kind"] == "model" and e["gain"]["mean"] is not None and e["gain"]["mean"] < 0
+        f"dB PSNR on average, worse on {e['loses']} of {e['images']} images. Do not use it for "
+        "such noise."
+        for e in models
+        if e["gain"]["mean"] is not None and e["gain"]["mean"] < 0
+    ] + [
+        f"{e['method']} changes images that have no noise, {e['spoiled']} of {e['images']} at "
+        f"{e['noise']}: it can only do them harm. Do not use it for such images."
+        for e in models
+        if e["spoiled"]
     ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from denoise_core.config import EvaluateConfig
-from denoise_core.errors import ImageError, StorageError
+from denoise_core.errors import ImageError, StorageError, UnsupportedImage
 from denoise_core.evaluation.examples import Ends, cut_example, example_uri
 from denoise_core.evaluation.methods import IDENTITY, SLOW, Model, ModelSource, run_filter
 from denoise_core.evaluation.protocol import (
@@ -72,10 +72,21 @@ class Bench:
         return read_shot(shot, self.plan.options, max_pixels=self.plan.config.max_pixels)
 
     def noisy(self, shot: Shot, picture: Picture, noise: str) -> Array:
-        """Return the noisy image, float32 (H, W, C) in [0, 1]: the same in every stage."""
+        """Return the noisy image, float32 (H, W, C) in [0, 1]: the same in every stage.
+
+        Raises UnsupportedImage where the noise takes no image of so many channels.
+        """
         if picture.noisy is not None:
             return picture.noisy
-        return add_noise(picture.unit, noise, name=shot.name, quantised=self.plan.quantised)
+        try:
+            return add_noise(picture.unit, noise, name=shot.name, quantised=self.plan.quantised)
+        except (TypeError, ValueError, OSError) as error:
+            # A JPEG, say, has one channel or three.
+            channels = picture.clean.shape[2]
+            raise UnsupportedImage(
+                f"{shot.name}: the noise {noise} cannot be added to {channels} channel(s) "
+                f"({error}); leave the image or the noise out."
+            ) from error
 
     def base(self, shot: Shot) -> Facts:
         """Return the columns that tell the image."""
@@ -175,6 +186,11 @@ def _shots(table: pa.Table) -> list[Shot]:
     return [Shot(**json.loads(text)) for text in table["shot"].to_pylist()]
 
 
+def _is_whole_failure(row: Facts) -> bool:
+    """Whether a row says that an image cannot be used, not that one method failed on it."""
+    return row["status"] == "failed" and row.get("method") is None
+
+
 @dataclass(frozen=True, slots=True)
 class RunFilters:
     """Task: every classical filter, the noisy input itself among them, on each image and noise."""
@@ -206,12 +222,15 @@ class RunFilters:
             started = time.perf_counter()
             values = run_filter(name, noisy, sigma)
             spent = (time.perf_counter() - started) * 1e3
-            result = measure(values, picture.clean, picture.scale)
+            told: Facts = {"kind": "filter", "sigma": sigma, "sigma_source": source}
+            told |= {"method": name, "noise": noise}
+            try:
+                result = measure(values, picture.clean, picture.scale)
+            except ImageError as error:
+                notes.rows.setdefault(shot.name, []).append(bench.failed(shot, error, **told))
+                continue
             identity = result.psnr if name == IDENTITY else identity
-            told = {"kind": "filter", "sigma": sigma, "sigma_source": source}
-            row = bench.row(
-                shot, picture, result, method=name, noise=noise, milliseconds=spent, **told
-            )
+            row = bench.row(shot, picture, result, milliseconds=spent, **told)
             notes.add(row, result.histogram)
             if shot.shown:
                 uri = self.plan.example("shown", shot, method=name, noise=noise)
@@ -239,7 +258,7 @@ class RunModels:
         readable = [
             shot
             for shot, text in zip(shots, earlier, strict=True)
-            if all(row["status"] == "ok" for part in json.loads(text) for row in part["rows"])
+            if not any(_is_whole_failure(row) for part in json.loads(text) for row in part["rows"])
         ]
         for group in self._groups(readable):
             for noise in self.plan.noises:

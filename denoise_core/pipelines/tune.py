@@ -81,6 +81,14 @@ class Search:
             replace(config, **every, checkpoint_minutes=1e9, epochs=None), recipe, self.shared.data
         )
 
+    def training_command(self, best: Trial, *, data: str, settings: str) -> str:
+        """Return the command that trains with the best settings, for the length of a trial.
+
+        A preset with a length of its own keeps that.
+        """
+        length = f" --steps {best.steps}" if self.base.epochs is None else ""
+        return f"python -m jobs.train {data} --output RUN --config {settings}{length}"
+
 
 def plan_search(config: TuneConfig) -> Search:
     """Draw the settings of all trials and check what can be told without Ray.
@@ -228,7 +236,7 @@ def _notes(search: Search, best: Trial, baseline: Trial | None) -> str:
         f"The best of {len(search.trials)} trials of `python -m jobs.tune`, trial {best.number}:\n"
         f"validation PSNR {best.psnr:.2f} dB on {search.validation_noise} after {best.steps} steps"
         f"{against}.\n"
-        "Use it with: python -m jobs.train DATA... --output RUN --config THIS_FILE\n"
+        f"Use it with: {search.training_command(best, data='DATA...', settings='THIS_FILE')}\n"
         f"The rate was found for {best.steps} steps; longer trainings often like a lower one."
     )
 
