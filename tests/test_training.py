@@ -510,6 +510,16 @@ def test_grey_crops_have_one_luma_and_one_noise(tmp_path):
     assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 300))
 
 
+@pytest.mark.parametrize("side", [48, 1000])
+def test_a_grey_image_has_one_noise_for_all_channels(tmp_path, side):
+    draws = sampler_of(tmp_path, picture(side, side)[..., 0], grey=0.0, augment="flip,scale")
+    held = validation_pairs(draws.pictures, draws, noise=draws.noise, side=32, stride=16)
+    for noisy, clean in (*held, *(draws.sample(step=s, place=0, crop=32) for s in range(20))):
+        assert noisy.shape == clean.shape == (32, 32, 3)
+        assert not np.array_equal(noisy, clean)
+        np.testing.assert_array_equal(noisy[..., :1].repeat(3, axis=2), noisy)
+
+
 def test_validation_pairs_are_the_middle_with_noise_of_their_own(folder, data):
     draws = sampler_once(folder)
     pairs = validation_pairs(
