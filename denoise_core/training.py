@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from denoise_core.checkpoints import absolute_name, load_checkpoint
-from denoise_core.config import TrainConfig
+from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
 from denoise_core.models import architecture, build_model
@@ -55,6 +55,15 @@ ADADELTA_RATE = 1.0
 TICK_S = 2.0
 # One row for each report, in the output folder: the sign that a training was begun there.
 HISTORY = "history.csv"
+# The settings that a training was begun or last resumed with, beside it.
+SETTINGS = "train.json"
+# What `--resume` takes as it was: the task, so that losses compare, and the network. All else may
+# change: the length, the machine, what helps a training that diverged. So may DATA, which somebody
+# may have moved; what is held out of them goes by their paths below DATA.
+TASK = (
+    *("preset", "arguments", "noise", "noisy", "clean", "self_supervised", "validation"),
+    *("validation_data", "seed", "grey", "augment", "crop", "loss", "optimizer", "ema"),
+)
 
 
 class Source(Protocol):
@@ -186,12 +195,40 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
         check_export(config.export)
     history = join(config.output, HISTORY)
     storage = storage_for(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
-    if storage.stat(history) is not None and not config.resume:
-        raise UsageError(
-            f"--output {config.output} holds a training: go on with --resume or name another."
-        )
+    if storage.stat(history) is not None:
+        if not config.resume:
+            raise UsageError(
+                f"--output {config.output} holds a training: go on with --resume or name another."
+            )
+        settings = join(config.output, SETTINGS)
+        if storage.stat(settings) is not None:
+            _require_same(json.loads(storage.read(settings)), as_dict(config))
     data = TrainingData.index(config, recipe)
     return Plan(with_length(config, recipe, data), recipe, data)
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError where the settings of a resumed training make another task of it."""
+
+    def differs(name: str) -> bool:
+        if name == "validation_data":
+            return bool(before[name]) != bool(now[name])
+        return bool(before[name] != now[name])
+
+    def text(value: Any) -> str:
+        parts = value if isinstance(value, list) else [value]
+        return " ".join("not given" if part is None else str(part) for part in parts or [None])
+
+    changed = [
+        f"--{name.replace('_', '-')} ({text(before[name])}, now {text(now[name])})"
+        for name in TASK
+        if name in before and differs(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume: the training in {now['output']} was begun with another "
+            f"{', '.join(changed)}: give what it was, or another --output."
+        )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -590,6 +627,8 @@ class Trainer:
             for variable, value in zip(self.optimizer.variables, parts["o"], strict=True):
                 variable.assign(value)
             self.ema, self.progress = parts["e"], progress
+            if self.config.early_stop is None or progress.waited < self.config.early_stop:
+                progress.stopped = False
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{folder}: no checkpoint of this preset can be read there ({error})."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 import struct
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from two_ranks import train_together
 
 from denoise_core import training_data
 from denoise_core.checkpoints import save_checkpoint
-from denoise_core.config import TrainConfig
+from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.noise import parse_noise
 from denoise_core.presets import PRESETS, Plateau, Preset, Stage, classic
@@ -763,6 +764,49 @@ def test_a_state_comes_back_exactly(data, tmp_path):
     ]
     for got, expected in zip(mine, its, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_a_run_that_stopped_early_goes_on_where_it_may_wait_longer(data, tmp_path):
+    trainer = Trainer(config(), TINY, data)
+    trainer.progress = Progress(step=4, waited=3, stopped=True)
+    trainer.save_state(tmp_path)
+    for early_stop, stopped in ((None, False), (5, False), (3, True)):
+        other = Trainer(config(early_stop=early_stop), TINY, data)
+        other.load_state(tmp_path)
+        assert other.progress.stopped is stopped
+
+
+def begun(folder, output, **settings) -> None:
+    """Leave what a training with these settings leaves in its output."""
+    plan = prepare(config(data=(str(folder),), output=str(output), **settings), TINY)
+    output.mkdir()
+    (output / "history.csv").touch()
+    (output / "train.json").write_text(json.dumps(as_dict(plan.config)))
+
+
+def test_a_training_is_resumed_as_the_same_task(folder, tmp_path):
+    output = tmp_path / "run"
+    begun(folder, output, noise=("gaussian:25",), crop=16)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+
+    def resume(**changes):
+        same = {"noise": ("gaussian:25",), "crop": 16, **changes}
+        prepare(config(data=(str(moved),), output=str(output), resume=True, **same), TINY)
+
+    resume(steps=99, learning_rate=1e-4, workers=2, batch=8, clip_norm=0.01, early_stop=3)
+    for changes, differing in (
+        ({"seed": 7}, r"--seed \(0, now 7\)"),
+        (
+            {"preset": "unet-xs", "noise": ("clean", "jpeg:50")},
+            r"--preset \(unet-s, now unet-xs\), --noise \(gaussian:25, now clean jpeg:50\)",
+        ),
+        ({"noise": ()}, r"--noise \(gaussian:25, now not given\)"),
+        ({"loss": "mse"}, r"--loss \(not given, now mse\)"),
+        ({"validation_data": (str(folder),)}, "--validation-data"),
+    ):
+        sentence = f"run was begun with another {differing}.*: give what it was, or another --outp"
+        with pytest.raises(UsageError, match=sentence):
+            resume(**changes)
 
 
 def test_the_layout_of_a_state_stays(data, tmp_path):
