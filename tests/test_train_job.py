@@ -204,6 +204,22 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
     assert not held.exists()
 
 
+@pytest.mark.parametrize(
+    ("psnr", "text"), [(31.257, "validation PSNR 31.26 dB"), (None, "validation loss 0.01250")]
+)
+def test_the_last_line_has_the_figures_of_a_best_model_from_before(tmp_path, capsys, psnr, text):
+    figures = {"validation_loss": 0.0125, "validation_psnr": psnr}
+    card = {"training": {"steps": 40}, "figures": figures}
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    for progress in ("plain", "json"):
+        settings = TrainConfig(data=("in",), output="out", progress=progress)
+        Display(settings).finish(str(tmp_path))
+    plain, line = capsys.readouterr().out.splitlines()
+    assert plain.startswith(f"Done, {text} at step 40. Use it with: ")
+    done = {"step": 40, "val_loss": 0.0125, "psnr": psnr, "model": str(tmp_path)}
+    assert json.loads(line) == {"done": done}
+
+
 class Outbox(list[object]):
     """A queue that keeps what it is given."""
 
