@@ -250,10 +250,17 @@ def stage_at(stages: tuple[Stage, ...], fraction: float) -> Stage:
 def learning_rate(preset: Preset, config: TrainConfig, progress: Progress) -> float:
     """Linear warm-up over the first steps, then the preset's schedule from the peak."""
     peak = config.learning_rate or preset.learning_rate
-    warm = min(1.0, (progress.step + 1) / max(1, preset.warmup_steps))
+    warm = min(1.0, (progress.step + 1) / max(1, _warmup_steps(preset, config)))
     if preset.schedule == "cosine":
         return peak * warm * 0.5 * (1.0 + math.cos(math.pi * progress.fraction(config)))
     return peak * warm * progress.rate_scale
+
+
+def _warmup_steps(preset: Preset, config: TrainConfig) -> int:
+    """Return the preset's warm-up, where the user states none at most a tenth of the steps."""
+    if config.warmup_steps is not None or config.steps is None:
+        return preset.warmup_steps
+    return min(preset.warmup_steps, config.steps // 10)
 
 
 def note_validation(progress: Progress, loss: float, preset: Preset, config: TrainConfig) -> bool:
@@ -507,13 +514,26 @@ class Trainer:
             raise self._diverged(f"The loss became {loss}")
         self.progress.step += 1
         if self.preset.ema and self.progress.step % EMA_EVERY == 0:
-            # The average starts short, so that the first weights are soon forgotten.
-            momentum = min(self.preset.ema, (1 + self.progress.step) / (10 + self.progress.step))
-            keep = momentum**EMA_EVERY
-            for average, value in zip(self.ema, self.model.get_weights(), strict=True):
-                average *= keep
-                average += (1.0 - keep) * value
+            self.ema = self._averaged(EMA_EVERY)
         return loss
+
+    def _averaged(self, steps: int) -> list[Array]:
+        """Return the moving average with the weights as they are, which stand for `steps` steps."""
+        # The average starts short, so that the first weights are soon forgotten.
+        momentum = min(self.preset.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        keep = momentum**steps
+        pairs = zip(self.ema, self.model.get_weights(), strict=True)
+        return [average * keep + (1.0 - keep) * value for average, value in pairs]
+
+    def best_weights(self) -> list[Array]:
+        """Return the weights to validate and to keep: the moving average, where there is one.
+
+        The steps since its last update come in on the way out alone, so that the average does not
+        depend on when somebody asks.
+        """
+        if not self.preset.ema:
+            return list(self.model.get_weights())
+        return self._averaged(self.progress.step % EMA_EVERY)
 
     def _diverged(self, what: str) -> RunFailed:
         return RunFailed(
@@ -531,7 +551,7 @@ class Trainer:
         current = self.model.get_weights()
         if not self.preset.ema:
             self.ema = current
-        self.model.set_weights(self.ema)
+        self.model.set_weights(self.best_weights())
         val_loss, psnr = self.measure()
         val_loss = self._of_first(val_loss)
         self.model.set_weights(current)

@@ -599,6 +599,17 @@ def test_the_rate_warms_up_to_the_peak_and_falls_as_a_cosine_to_zero():
     assert rates == sorted(rates, reverse=True)
 
 
+def test_a_short_training_warms_up_over_a_tenth_of_it_unless_told_otherwise():
+    def rate(steps, **more):
+        settings = config(steps=steps, schedule="constant", **more)
+        recipe = replace(PRESETS["unet-s"], schedule="constant", warmup_steps=200)
+        return learning_rate(recipe, settings, Progress(step=0)) / recipe.learning_rate
+
+    assert rate(100) == pytest.approx(1 / 10)
+    assert rate(5) == 1.0
+    assert rate(10_000) == rate(100, warmup_steps=200) == pytest.approx(1 / 200)
+
+
 def test_the_rate_falls_where_the_loss_stands_still():
     recipe = classic(
         "dense", "", crop=28, batch=4, arguments={}, default_halo=0, schedule="plateau",
@@ -746,6 +757,24 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(data, tmp_path
     ):
         np.testing.assert_allclose(got, expected, atol=1e-4)
     assert later[-1][0]["psnr"] == pytest.approx(reports[-1][0]["psnr"], abs=0.01)
+
+
+def test_what_is_kept_has_the_steps_since_the_average_was_last_updated(data):
+    trainer = Trainer(config(steps=11, validate_steps=5), TINY, data)
+    first = trainer.model.get_weights()
+    kept = []
+    trainer.run(lambda *_: kept.append((trainer.best_weights(), trainer.model.get_weights())))
+
+    def distance(weights, others):
+        return math.sqrt(
+            sum(float(np.sum((a - b) ** 2)) for a, b in zip(weights, others, strict=True))
+        )
+
+    # Steps 5, 10 and 11: the average follows the weights, though its own updates come every eighth.
+    assert len(kept) == 3
+    for averaged, weights in kept:
+        assert 0 < distance(averaged, weights) < 0.5 * distance(weights, first)
+    assert distance(kept[2][0], trainer.ema) > 0
 
 
 def test_a_state_comes_back_exactly(data, tmp_path):

@@ -480,7 +480,7 @@ class Reporter:
         config, done = self.trainer.config, row["fraction"] >= 1.0
         if row["best"]:
             with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
-                save_checkpoint(Path(folder), self.trainer.ema, self._card(row))
+                save_checkpoint(Path(folder), self.trainer.best_weights(), self._card(row))
                 self.files.write_folder("best", Path(folder))
         from denoise_core.curves import draw_curves, draw_samples
 
