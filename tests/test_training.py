@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from two_ranks import train_together
 
-from denoise_core import training_data
+from denoise_core import curves, training_data
 from denoise_core.checkpoints import save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
@@ -563,6 +564,26 @@ def test_prefetch_keeps_the_order_hands_on_errors_and_stops():
     assert next(failing) == 1
     with pytest.raises(UsageError, match="broken"):
         next(failing)
+
+
+def test_samples_show_what_is_clean_with_figures_or_neither(monkeypatch):
+    names = []
+    show = curves._show
+
+    def watch(panel, name, values, *, clean):
+        show(panel, name, values, clean=clean)
+        names.append(panel.get_xlabel().split(",")[0])
+
+    monkeypatch.setattr(curves, "_show", watch)
+    noisy, clean = (np.full((16, 16, 3), v, np.float32) for v in (0.6, 0.5))
+    for target, expected in (
+        (clean, ["noisy: 20.00 dB", "denoised: 20.00 dB", "clean"]),
+        (None, ["noisy", "denoised"]),
+    ):
+        names.clear()
+        png = curves.draw_samples([(noisy, target, noisy)], title="A step")
+        assert names == expected
+        assert Image.open(io.BytesIO(png)).width == 250 * len(names)
 
 
 # --- schedule

@@ -489,7 +489,10 @@ class Reporter:
         self.files.write("curves.png", curves)
         if done or self.validations % SAMPLES_EVERY == 0:
             pairs = self.trainer.held_out[:SAMPLES]
-            samples = draw_samples(list(self.trainer.outputs(pairs)), title=title)
+            # The target of noisy images alone is noise too: nothing to look at or to measure by.
+            clean = config.self_supervised is None
+            rows = [(n, c if clean else None, o) for n, c, o in self.trainer.outputs(pairs)]
+            samples = draw_samples(rows, title=title)
             self.files.write(f"samples/step-{row['step']:07d}.png", samples)
         self.validations += 1
 
