@@ -23,7 +23,7 @@ from denoise_core.checkpoints import absolute_name, load_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
-from denoise_core.models import architecture, build_model
+from denoise_core.models import architecture, build_model, input_size
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
@@ -126,9 +126,15 @@ def adapt(config: TrainConfig, preset: Preset) -> Preset:
 
 
 def _check_crops(preset: Preset) -> None:
-    """Raise UsageError for crops that the network's strides do not divide."""
+    """Raise UsageError for crops that the network does not take."""
+    only = input_size(preset.architecture, **preset.arguments)
     stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
     for stage in preset.stages:
+        if only is not None and (stage.crop, stage.crop) != only:
+            raise UsageError(
+                f"--crop {stage.crop}: the network takes images of {only[1]}x{only[0]} px, no "
+                "others."
+            )
         if stage.crop % stride:
             raise UsageError(
                 f"--crop {stage.crop}: the network takes sides that are multiples of {stride}; "

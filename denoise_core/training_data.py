@@ -167,10 +167,13 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
             f"No images found in {', '.join(data)}: expected files with one of the endings "
             f"{', '.join(IMAGE_SUFFIXES)}, or IDX files."
         )
-    if len(pictures) > MOST_HEADERS or pictures[0].member is not None:
+    # Those of IDX files are known already.
+    closed = [picture for picture in pictures if not picture.height]
+    if len(closed) > MOST_HEADERS:
         return pictures
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        return list(pool.map(lambda p: p if p.height else _opened(p, options), pictures))
+        opened = pool.map(lambda picture: _opened(picture, options), closed)
+        return [picture if picture.height else next(opened) for picture in pictures]
 
 
 def _listed(data: Sequence[str], config: TrainConfig, options: StorageOptions) -> Iterator[Entry]:

@@ -240,6 +240,15 @@ def test_a_preset_for_mnist_refuses_photographs(folder):
         prepare(config(data=(str(folder),), preset="mnist-conv"))
 
 
+@pytest.mark.parametrize("name", ["a.png", "z.png"])
+def test_a_photograph_among_idx_files_is_refused_wherever_its_name_sorts(tmp_path, name):
+    digits = np.zeros((5, 28, 28), np.uint8)
+    idx(tmp_path / "train-images-idx3-ubyte.gz", digits)
+    write(tmp_path / name, picture())
+    with pytest.raises(UsageError, match=rf"{name}: --preset .* is for images of 28x28"):
+        index(tmp_path, preset=PRESETS["mnist-conv"])
+
+
 def test_validation_images_are_held_out_by_the_seed(folder):
     first, again, other = (index(folder, validation=0.3, seed=s) for s in (0, 0, 1))
     assert (len(first.training), len(first.validation)) == (5, 2)
@@ -969,6 +978,10 @@ def test_what_does_not_fit_is_refused_before_the_first_step(folder):
         prepare(config(data=(str(folder),), crop=31), TINY)
     with pytest.raises(UsageError, match=r"--crop 36: .* multiples of 8; 40 is the next one"):
         prepare(config(data=(str(folder),), crop=36))
+    with pytest.raises(UsageError, match="--crop 20: the network takes images of 28x28 px, no oth"):
+        prepare(config(data=(str(folder),), preset="mnist-latent16", crop=20))
+    with pytest.raises(UsageError, match="--weight-decay: expected a number from 0"):
+        config(weight_decay=math.inf)
 
 
 @pytest.mark.timeout(600)
