@@ -279,7 +279,8 @@ def note_validation(progress: Progress, loss: float, preset: Preset, config: Tra
     if preset.schedule == "plateau" and progress.waited_rate >= preset.plateau.patience:
         peak = config.learning_rate or preset.learning_rate
         lowest = preset.plateau.floor / peak
-        progress.rate_scale = max(lowest, progress.rate_scale * preset.plateau.factor)
+        lower = max(lowest, progress.rate_scale * preset.plateau.factor)
+        progress.rate_scale = min(progress.rate_scale, lower)
         progress.waited_rate = 0
     if config.early_stop is not None and progress.waited >= config.early_stop:
         progress.stopped = True

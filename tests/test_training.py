@@ -653,6 +653,11 @@ def test_the_rate_falls_where_the_loss_stands_still():
         rates.append(learning_rate(recipe, settings, progress))
     assert rates == pytest.approx([1e-3] * 3 + [5e-4] * 3 + [3e-4] * 5)
     assert not progress.stopped
+    # A peak below the floor stays: nothing raises the rate.
+    settings, progress = config(learning_rate=1e-4), Progress(step=50, best_loss=0.0)
+    for _ in range(4):
+        note_validation(progress, 1.0, recipe, settings)
+    assert learning_rate(recipe, settings, progress) == pytest.approx(1e-4)
 
 
 def test_training_ends_early_where_the_loss_stands_still():
