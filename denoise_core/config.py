@@ -453,7 +453,7 @@ class TrainConfig:
             require(value is None or value >= 1, f"--{flag}: expected a number from 1.")
         for name in ("warmup_steps", "max_failures", "weight_decay", "seed"):
             value, flag = getattr(self, name), name.replace("_", "-")
-            require(value is None or value >= 0, f"--{flag}: expected a number from 0.")
+            require(value is None or 0 <= value < math.inf, f"--{flag}: expected a number from 0.")
         require(
             0 <= self.gpus_per_worker <= 1,
             f"--gpus-per-worker {self.gpus_per_worker:g}: expected 0 to 1, since a worker trains "

@@ -1,4 +1,4 @@
-"""Pictures of a training: its curves, and samples noisy, denoised and clean. PNG bytes."""
+"""Pictures of a training: its curves, and samples noisy, denoised and perhaps clean. PNG bytes."""
 
 from __future__ import annotations
 
@@ -54,25 +54,30 @@ def draw_curves(rows: Sequence[dict[str, float]], *, title: str) -> bytes:
 _NAMES = {"loss": "training", "val_loss": "held out"}
 
 
-def draw_samples(samples: Sequence[tuple[Array, Array, Array]], *, title: str) -> bytes:
-    """Draw rows of (noisy, clean, output), float (h, w, C) in [0, 1], with PSNR and SSIM."""
-    figure = _figure(7.5, 2.7 * len(samples) + 0.4)
+def draw_samples(samples: Sequence[tuple[Array, Array | None, Array]], *, title: str) -> bytes:
+    """Draw rows of (noisy, clean, output), float (h, w, C) in [0, 1], with PSNR and SSIM.
+
+    Where nothing clean is known, rows have two pictures and no figures.
+    """
+    columns = 2 if samples[0][1] is None else 3
+    figure = _figure(2.5 * columns, 2.7 * len(samples) + 0.4)
     figure.suptitle(title)
-    panels = figure.subplots(len(samples), 3, squeeze=False)
+    panels = figure.subplots(len(samples), columns, squeeze=False)
     for row, (noisy, clean, output) in zip(panels, samples, strict=True):
-        shown = (("noisy", noisy), ("denoised", output), ("clean", clean))
-        for panel, (name, values) in zip(row, shown, strict=True):
-            _show(panel, name, values, clean=None if name == "clean" else clean)
+        _show(row[0], "noisy", noisy, clean=clean)
+        _show(row[1], "denoised", output, clean=clean)
+        if clean is not None:
+            _show(row[2], "clean", clean, clean=None)
     return _png(figure)
 
 
 def _show(panel: Any, name: str, values: Array, *, clean: Array | None) -> None:
-    shown = np.clip(np.nan_to_num(values), 0, 1)
+    shown = np.clip(values, 0, 1)
     grey = shown.shape[2] == 1
     panel.imshow(shown[..., 0] if grey else shown, cmap="gray" if grey else None, vmin=0, vmax=1)
     panel.set_xticks([])
     panel.set_yticks([])
-    if clean is not None and np.isfinite(clean).all():
+    if clean is not None:
         sums = error_sums(np.clip(values, 0, 1), clean, data_range=1.0)
         ssim = "" if sums.ssim is None else f", SSIM {sums.ssim:.3f}"
         name = f"{name}: {sums.psnr:.2f} dB{ssim}"

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from denoise_core.checkpoints import absolute_name, load_checkpoint
-from denoise_core.config import TrainConfig
+from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
-from denoise_core.models import architecture, build_model
+from denoise_core.models import architecture, build_model, input_size
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset, Stage
 from denoise_core.presets import preset as find_preset
@@ -55,6 +55,15 @@ ADADELTA_RATE = 1.0
 TICK_S = 2.0
 # One row for each report, in the output folder: the sign that a training was begun there.
 HISTORY = "history.csv"
+# The settings that a training was begun or last resumed with, beside it.
+SETTINGS = "train.json"
+# What `--resume` takes as it was: the task, so that losses compare, and the network. All else may
+# change: the length, the machine, what helps a training that diverged. So may DATA, which somebody
+# may have moved; what is held out of them goes by their paths below DATA.
+TASK = (
+    *("preset", "arguments", "noise", "noisy", "clean", "self_supervised", "validation"),
+    *("validation_data", "seed", "grey", "augment", "crop", "loss", "optimizer", "ema"),
+)
 
 
 class Source(Protocol):
@@ -117,9 +126,15 @@ def adapt(config: TrainConfig, preset: Preset) -> Preset:
 
 
 def _check_crops(preset: Preset) -> None:
-    """Raise UsageError for crops that the network's strides do not divide."""
+    """Raise UsageError for crops that the network does not take."""
+    only = input_size(preset.architecture, **preset.arguments)
     stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
     for stage in preset.stages:
+        if only is not None and (stage.crop, stage.crop) != only:
+            raise UsageError(
+                f"--crop {stage.crop}: the network takes images of {only[1]}x{only[0]} px, no "
+                "others."
+            )
         if stage.crop % stride:
             raise UsageError(
                 f"--crop {stage.crop}: the network takes sides that are multiples of {stride}; "
@@ -186,12 +201,40 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
         check_export(config.export)
     history = join(config.output, HISTORY)
     storage = storage_for(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
-    if storage.stat(history) is not None and not config.resume:
-        raise UsageError(
-            f"--output {config.output} holds a training: go on with --resume or name another."
-        )
+    if storage.stat(history) is not None:
+        if not config.resume:
+            raise UsageError(
+                f"--output {config.output} holds a training: go on with --resume or name another."
+            )
+        settings = join(config.output, SETTINGS)
+        if storage.stat(settings) is not None:
+            _require_same(json.loads(storage.read(settings)), as_dict(config))
     data = TrainingData.index(config, recipe)
     return Plan(with_length(config, recipe, data), recipe, data)
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError where the settings of a resumed training make another task of it."""
+
+    def differs(name: str) -> bool:
+        if name == "validation_data":
+            return bool(before[name]) != bool(now[name])
+        return bool(before[name] != now[name])
+
+    def text(value: Any) -> str:
+        parts = value if isinstance(value, list) else [value]
+        return " ".join("not given" if part is None else str(part) for part in parts or [None])
+
+    changed = [
+        f"--{name.replace('_', '-')} ({text(before[name])}, now {text(now[name])})"
+        for name in TASK
+        if name in before and differs(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume: the training in {now['output']} was begun with another "
+            f"{', '.join(changed)}: give what it was, or another --output."
+        )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -213,10 +256,17 @@ def stage_at(stages: tuple[Stage, ...], fraction: float) -> Stage:
 def learning_rate(preset: Preset, config: TrainConfig, progress: Progress) -> float:
     """Linear warm-up over the first steps, then the preset's schedule from the peak."""
     peak = config.learning_rate or preset.learning_rate
-    warm = min(1.0, (progress.step + 1) / max(1, preset.warmup_steps))
+    warm = min(1.0, (progress.step + 1) / max(1, _warmup_steps(preset, config)))
     if preset.schedule == "cosine":
         return peak * warm * 0.5 * (1.0 + math.cos(math.pi * progress.fraction(config)))
     return peak * warm * progress.rate_scale
+
+
+def _warmup_steps(preset: Preset, config: TrainConfig) -> int:
+    """Return the preset's warm-up, where the user states none at most a tenth of the steps."""
+    if config.warmup_steps is not None or config.steps is None:
+        return preset.warmup_steps
+    return min(preset.warmup_steps, config.steps // 10)
 
 
 def note_validation(progress: Progress, loss: float, preset: Preset, config: TrainConfig) -> bool:
@@ -229,7 +279,8 @@ def note_validation(progress: Progress, loss: float, preset: Preset, config: Tra
     if preset.schedule == "plateau" and progress.waited_rate >= preset.plateau.patience:
         peak = config.learning_rate or preset.learning_rate
         lowest = preset.plateau.floor / peak
-        progress.rate_scale = max(lowest, progress.rate_scale * preset.plateau.factor)
+        lower = max(lowest, progress.rate_scale * preset.plateau.factor)
+        progress.rate_scale = min(progress.rate_scale, lower)
         progress.waited_rate = 0
     if config.early_stop is not None and progress.waited >= config.early_stop:
         progress.stopped = True
@@ -470,13 +521,26 @@ class Trainer:
             raise self._diverged(f"The loss became {loss}")
         self.progress.step += 1
         if self.preset.ema and self.progress.step % EMA_EVERY == 0:
-            # The average starts short, so that the first weights are soon forgotten.
-            momentum = min(self.preset.ema, (1 + self.progress.step) / (10 + self.progress.step))
-            keep = momentum**EMA_EVERY
-            for average, value in zip(self.ema, self.model.get_weights(), strict=True):
-                average *= keep
-                average += (1.0 - keep) * value
+            self.ema = self._averaged(EMA_EVERY)
         return loss
+
+    def _averaged(self, steps: int) -> list[Array]:
+        """Return the moving average with the weights as they are, which stand for `steps` steps."""
+        # The average starts short, so that the first weights are soon forgotten.
+        momentum = min(self.preset.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        keep = momentum**steps
+        pairs = zip(self.ema, self.model.get_weights(), strict=True)
+        return [average * keep + (1.0 - keep) * value for average, value in pairs]
+
+    def best_weights(self) -> list[Array]:
+        """Return the weights to validate and to keep: the moving average, where there is one.
+
+        The steps since its last update come in on the way out alone, so that the average does not
+        depend on when somebody asks.
+        """
+        if not self.preset.ema:
+            return list(self.model.get_weights())
+        return self._averaged(self.progress.step % EMA_EVERY)
 
     def _diverged(self, what: str) -> RunFailed:
         return RunFailed(
@@ -494,7 +558,7 @@ class Trainer:
         current = self.model.get_weights()
         if not self.preset.ema:
             self.ema = current
-        self.model.set_weights(self.ema)
+        self.model.set_weights(self.best_weights())
         val_loss, psnr = self.measure()
         val_loss = self._of_first(val_loss)
         self.model.set_weights(current)
@@ -590,6 +654,8 @@ class Trainer:
             for variable, value in zip(self.optimizer.variables, parts["o"], strict=True):
                 variable.assign(value)
             self.ema, self.progress = parts["e"], progress
+            if self.config.early_stop is None or progress.waited < self.config.early_stop:
+                progress.stopped = False
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{folder}: no checkpoint of this preset can be read there ({error})."

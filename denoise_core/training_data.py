@@ -167,10 +167,13 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
             f"No images found in {', '.join(data)}: expected files with one of the endings "
             f"{', '.join(IMAGE_SUFFIXES)}, or IDX files."
         )
-    if len(pictures) > MOST_HEADERS or pictures[0].member is not None:
+    # Those of IDX files are known already.
+    closed = [picture for picture in pictures if not picture.height]
+    if len(closed) > MOST_HEADERS:
         return pictures
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        return list(pool.map(lambda p: p if p.height else _opened(p, options), pictures))
+        opened = pool.map(lambda picture: _opened(picture, options), closed)
+        return [picture if picture.height else next(opened) for picture in pictures]
 
 
 def _listed(data: Sequence[str], config: TrainConfig, options: StorageOptions) -> Iterator[Entry]:
@@ -360,9 +363,19 @@ class Library:
         if image.shape[2] == self.channels:
             return image
         if image.shape[2] == 1:
-            return np.repeat(image, self.channels, axis=2)
+            return _spread(image, self.channels)
         luma: Array = image.astype(np.float32) @ LUMA
         return luma if image.dtype.kind == "f" else np.rint(luma).astype(image.dtype)
+
+
+def _spread(image: Array, channels: int) -> Array:
+    """Return a grey image (H, W, 1) with that many channels, a view, which `is_grey` can tell."""
+    return np.broadcast_to(image, (*image.shape[:2], channels))
+
+
+def is_grey(image: Array) -> bool:
+    """Whether a `Library` made this image's channels of one."""
+    return image.shape[2] > 1 and image.strides[2] == 0
 
 
 def _filling(pixels: Array, bits: int) -> Array:
@@ -379,6 +392,8 @@ def _reduce(image: Array, scale: float) -> Array:
     """Reduce (H, W, C) by averaging over pixels, in the image's dtype."""
     from PIL import Image
 
+    if is_grey(image):
+        return _spread(_reduce(image[..., :1], scale), image.shape[2])
     height, width = round(image.shape[0] * scale), round(image.shape[1] * scale)
     if image.dtype == np.uint8:
         flat = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
@@ -498,7 +513,7 @@ class Sampler:
             return cut, draw_neighbours(rng, crop, crop)
         if self.mode == "noise2void":
             return blind_spots(cut, rng)
-        return self._with_noise(cut, rng)
+        return self._with_noise(cut, rng, grey=is_grey(image))
 
     def _picture(self, rng: np.random.Generator, *, number: int) -> Picture:
         count = len(self.pictures)
@@ -552,13 +567,19 @@ class Sampler:
 
         return one(image), None if images[1] is None else one(images[1])
 
-    def _with_noise(self, clean: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-        if clean.shape[2] == 3 and rng.random() < self.grey:
-            # One noise for all channels.
-            luma = clean @ LUMA
-            noisy = self.noise.apply(luma, rng)
-            return np.repeat(noisy, 3, axis=2), np.repeat(luma, 3, axis=2)
-        return self.noise.apply(clean, rng), clean
+    def _with_noise(
+        self, clean: Array, rng: np.random.Generator, *, grey: bool
+    ) -> tuple[Array, Array]:
+        if not grey and clean.shape[2] == 3 and rng.random() < self.grey:
+            clean, grey = np.repeat(clean @ LUMA, 3, axis=2), True
+        return noisy_of(clean, self.noise, rng, grey=grey), clean
+
+
+def noisy_of(clean: Array, noise: Noise, rng: np.random.Generator, *, grey: bool) -> Array:
+    """Return `clean` with noise; a grey image gets one for all channels, as it comes in use."""
+    if not grey:
+        return noise.apply(clean, rng)
+    return np.repeat(noise.apply(clean[..., :1], rng), clean.shape[2], axis=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -620,7 +641,7 @@ def validation_pairs(
         elif sampler.mode == "noise2void":
             pairs.append(blind_spots(values, rng))
         else:
-            pairs.append((noise.apply(values, rng), values))
+            pairs.append((noisy_of(values, noise, rng, grey=is_grey(image)), values))
     return pairs
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from denoise_core.config import TrainConfig
+from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.training import prepare
 from jobs._cli import settings_command
 from jobs._progress import TrainingBar, is_live
@@ -39,7 +40,6 @@ class Display:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.json = config, config.progress == "json"
         self.bar = TrainingBar() if is_live(config.progress) else None
-        self.best: dict[str, Any] = {}
         self.exported: dict[str, Any] = {}
 
     @contextmanager
@@ -59,8 +59,6 @@ class Display:
         if "note" in row:
             self.note(row["note"])
             return
-        if row.get("best"):
-            self.best = row
         if self.bar is not None:
             self.bar.update(row["fraction"], line(row))
         if row.get("tick") and not self.json:
@@ -81,9 +79,10 @@ class Display:
             click.echo(json.dumps({"note": text}) if self.json else text)
 
     def finish(self, best: str) -> None:
-        """Print the best figures and the path of the model."""
+        """Print the figures and the path of the best model, `best`."""
+        row = self.figures_of(best)
         if self.json:
-            known = {k: self.best.get(k) for k in ("step", "val_loss", "psnr")}
+            known = {k: row.get(k) for k in ("step", "val_loss", "psnr")}
             click.echo(json.dumps({"done": {**known, "model": best, **self.exported}}))
             return
         if self.exported:
@@ -91,10 +90,22 @@ class Display:
                 f"Exported to {self.exported['export']}; run beside the model it differs by at "
                 f"most {self.exported['difference']:.1e}."
             )
-        figures = f", {figure_text(self.best)} at step {self.best['step']}" if self.best else ""
+        figures = f", {figure_text(row)} at step {row['step']}" if row else ""
         click.echo(
             f"Done{figures}. Use it with: python -m jobs.denoise INPUT --output OUT --model {best}"
         )
+
+    def figures_of(self, best: str) -> dict[str, Any]:
+        """Return step, loss and PSNR by the card of a model, which a run before may have made."""
+        storage = storage_for(best, StorageOptions(s3_endpoint=self.config.s3_endpoint))
+        path = join(best, "model.json")
+        if storage.stat(path) is None:
+            return {}
+        card = json.loads(storage.read(path))
+        figures = card["figures"]
+        row = {"val_loss": figures["validation_loss"], "psnr": figures["validation_psnr"]}
+        known = {name: value for name, value in row.items() if value is not None}
+        return {"step": card["training"]["steps"], **known}
 
 
 def figure_text(row: dict[str, Any]) -> str:

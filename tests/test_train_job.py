@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import TrainConfig
-from denoise_core.errors import DenoiseError, OutputLocked, RunFailed, UsageError
+from denoise_core.errors import CheckpointError, DenoiseError, OutputLocked, RunFailed, UsageError
 from denoise_core.lock import output_lock
 from denoise_core.storage import LocalStorage, storage_for
 from denoise_core.training import prepare
@@ -203,6 +204,60 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
     assert not held.exists()
 
 
+@pytest.mark.parametrize(
+    ("psnr", "text"), [(31.257, "validation PSNR 31.26 dB"), (None, "validation loss 0.01250")]
+)
+def test_the_last_line_has_the_figures_of_a_best_model_from_before(tmp_path, capsys, psnr, text):
+    figures = {"validation_loss": 0.0125, "validation_psnr": psnr}
+    card = {"training": {"steps": 40}, "figures": figures}
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    for progress in ("plain", "json"):
+        settings = TrainConfig(data=("in",), output="out", progress=progress)
+        Display(settings).finish(str(tmp_path))
+    plain, line = capsys.readouterr().out.splitlines()
+    assert plain.startswith(f"Done, {text} at step 40. Use it with: ")
+    done = {"step": 40, "val_loss": 0.0125, "psnr": psnr, "model": str(tmp_path)}
+    assert json.loads(line) == {"done": done}
+
+
+class Outbox(list[object]):
+    """A queue that keeps what it is given."""
+
+    put = list.append
+
+
+def trainer_of(output: Path, steps: int, load: Callable[[Path], None]) -> SimpleNamespace:
+    settings = TrainConfig(data=("in",), output=str(output), steps=steps, resume=True)
+    return SimpleNamespace(config=settings, rank=0, load_state=load)
+
+
+def test_the_settings_are_written_once_the_checkpoint_fits(tmp_path):
+    import ray.train
+
+    from denoise_core.pipelines.train import take_up
+
+    def refuse(folder: Path) -> None:
+        raise CheckpointError(f"{folder}: no checkpoint of this preset.")
+
+    (tmp_path / "state").mkdir()
+    last, mail = ray.train.Checkpoint.from_directory(tmp_path / "state"), Outbox()
+    take_up(trainer_of(tmp_path, 5, lambda folder: None), last, mail=mail)
+    with pytest.raises(CheckpointError):
+        take_up(trainer_of(tmp_path, 9, refuse), last, mail=mail)
+    assert json.loads((tmp_path / "train.json").read_text())["steps"] == 5
+    assert mail == []
+
+
+def test_a_training_whose_checkpoints_are_gone_says_that_it_starts_anew(tmp_path):
+    from denoise_core.pipelines.train import take_up
+
+    (tmp_path / "history.csv").touch()
+    mail = Outbox()
+    take_up(trainer_of(tmp_path, 5, lambda folder: None), None, mail=mail)
+    note = f"--resume: no checkpoint in {tmp_path}; training starts anew."
+    assert mail == [{"note": note}]
+
+
 def test_a_note_is_a_line_of_text_or_of_json(capsys):
     for progress, line in (("plain", "Mind.\n"), ("json", '{"note": "Mind."}\n')):
         config = TrainConfig(data=("in",), output="out", progress=progress)
@@ -228,9 +283,10 @@ def test_an_error_that_the_training_recovered_from_is_forgotten():
     from denoise_core.pipelines.train import _read
 
     error, tick, report = RunFailed("Disk."), {"step": 5, "tick": True}, {"step": 6}
+    note = {"note": "Anew."}
     for items, left in (
         ((error,), [error]),
-        ((error, tick), [error]),
+        ((error, tick, note), [error]),
         ((error, tick, report), []),
         ((report, error, report, error), [error]),
     ):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
+import shutil
 import struct
 import time
 from dataclasses import replace
@@ -18,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from two_ranks import train_together
 
-from denoise_core import training_data
+from denoise_core import curves, training_data
 from denoise_core.checkpoints import save_checkpoint
-from denoise_core.config import TrainConfig
+from denoise_core.config import TrainConfig, as_dict
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.noise import parse_noise
 from denoise_core.presets import PRESETS, Plateau, Preset, Stage, classic
@@ -236,6 +238,15 @@ def test_a_preset_for_mnist_refuses_photographs(folder):
         r"MNIST; got 64x48 px with 3\. For photographs choose unet-s or photo-conv",
     ):
         prepare(config(data=(str(folder),), preset="mnist-conv"))
+
+
+@pytest.mark.parametrize("name", ["a.png", "z.png"])
+def test_a_photograph_among_idx_files_is_refused_wherever_its_name_sorts(tmp_path, name):
+    digits = np.zeros((5, 28, 28), np.uint8)
+    idx(tmp_path / "train-images-idx3-ubyte.gz", digits)
+    write(tmp_path / name, picture())
+    with pytest.raises(UsageError, match=rf"{name}: --preset .* is for images of 28x28"):
+        index(tmp_path, preset=PRESETS["mnist-conv"])
 
 
 def test_validation_images_are_held_out_by_the_seed(folder):
@@ -510,6 +521,16 @@ def test_grey_crops_have_one_luma_and_one_noise(tmp_path):
     assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 300))
 
 
+@pytest.mark.parametrize("side", [48, 1000])
+def test_a_grey_image_has_one_noise_for_all_channels(tmp_path, side):
+    draws = sampler_of(tmp_path, picture(side, side)[..., 0], grey=0.0, augment="flip,scale")
+    held = validation_pairs(draws.pictures, draws, noise=draws.noise, side=32, stride=16)
+    for noisy, clean in (*held, *(draws.sample(step=s, place=0, crop=32) for s in range(20))):
+        assert noisy.shape == clean.shape == (32, 32, 3)
+        assert not np.array_equal(noisy, clean)
+        np.testing.assert_array_equal(noisy[..., :1].repeat(3, axis=2), noisy)
+
+
 def test_validation_pairs_are_the_middle_with_noise_of_their_own(folder, data):
     draws = sampler_once(folder)
     pairs = validation_pairs(
@@ -554,6 +575,26 @@ def test_prefetch_keeps_the_order_hands_on_errors_and_stops():
         next(failing)
 
 
+def test_samples_show_what_is_clean_with_figures_or_neither(monkeypatch):
+    names = []
+    show = curves._show
+
+    def watch(panel, name, values, *, clean):
+        show(panel, name, values, clean=clean)
+        names.append(panel.get_xlabel().split(",")[0])
+
+    monkeypatch.setattr(curves, "_show", watch)
+    noisy, clean = (np.full((16, 16, 3), v, np.float32) for v in (0.6, 0.5))
+    for target, expected in (
+        (clean, ["noisy: 20.00 dB", "denoised: 20.00 dB", "clean"]),
+        (None, ["noisy", "denoised"]),
+    ):
+        names.clear()
+        png = curves.draw_samples([(noisy, target, noisy)], title="A step")
+        assert names == expected
+        assert Image.open(io.BytesIO(png)).width == 250 * len(names)
+
+
 # --- schedule
 
 
@@ -588,6 +629,17 @@ def test_the_rate_warms_up_to_the_peak_and_falls_as_a_cosine_to_zero():
     assert rates == sorted(rates, reverse=True)
 
 
+def test_a_short_training_warms_up_over_a_tenth_of_it_unless_told_otherwise():
+    def rate(steps, **more):
+        settings = config(steps=steps, schedule="constant", **more)
+        recipe = replace(PRESETS["unet-s"], schedule="constant", warmup_steps=200)
+        return learning_rate(recipe, settings, Progress(step=0)) / recipe.learning_rate
+
+    assert rate(100) == pytest.approx(1 / 10)
+    assert rate(5) == 1.0
+    assert rate(10_000) == rate(100, warmup_steps=200) == pytest.approx(1 / 200)
+
+
 def test_the_rate_falls_where_the_loss_stands_still():
     recipe = classic(
         "dense", "", crop=28, batch=4, arguments={}, default_halo=0, schedule="plateau",
@@ -601,6 +653,11 @@ def test_the_rate_falls_where_the_loss_stands_still():
         rates.append(learning_rate(recipe, settings, progress))
     assert rates == pytest.approx([1e-3] * 3 + [5e-4] * 3 + [3e-4] * 5)
     assert not progress.stopped
+    # A peak below the floor stays: nothing raises the rate.
+    settings, progress = config(learning_rate=1e-4), Progress(step=50, best_loss=0.0)
+    for _ in range(4):
+        note_validation(progress, 1.0, recipe, settings)
+    assert learning_rate(recipe, settings, progress) == pytest.approx(1e-4)
 
 
 def test_training_ends_early_where_the_loss_stands_still():
@@ -737,6 +794,24 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(data, tmp_path
     assert later[-1][0]["psnr"] == pytest.approx(reports[-1][0]["psnr"], abs=0.01)
 
 
+def test_what_is_kept_has_the_steps_since_the_average_was_last_updated(data):
+    trainer = Trainer(config(steps=11, validate_steps=5), TINY, data)
+    first = trainer.model.get_weights()
+    kept = []
+    trainer.run(lambda *_: kept.append((trainer.best_weights(), trainer.model.get_weights())))
+
+    def distance(weights, others):
+        return math.sqrt(
+            sum(float(np.sum((a - b) ** 2)) for a, b in zip(weights, others, strict=True))
+        )
+
+    # Steps 5, 10 and 11: the average follows the weights, though its own updates come every eighth.
+    assert len(kept) == 3
+    for averaged, weights in kept:
+        assert 0 < distance(averaged, weights) < 0.5 * distance(weights, first)
+    assert distance(kept[2][0], trainer.ema) > 0
+
+
 def test_a_state_comes_back_exactly(data, tmp_path):
     trainer = Trainer(config(steps=12, validate_steps=6), TINY, data)
     run(trainer)
@@ -753,6 +828,49 @@ def test_a_state_comes_back_exactly(data, tmp_path):
     ]
     for got, expected in zip(mine, its, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_a_run_that_stopped_early_goes_on_where_it_may_wait_longer(data, tmp_path):
+    trainer = Trainer(config(), TINY, data)
+    trainer.progress = Progress(step=4, waited=3, stopped=True)
+    trainer.save_state(tmp_path)
+    for early_stop, stopped in ((None, False), (5, False), (3, True)):
+        other = Trainer(config(early_stop=early_stop), TINY, data)
+        other.load_state(tmp_path)
+        assert other.progress.stopped is stopped
+
+
+def begun(folder, output, **settings) -> None:
+    """Leave what a training with these settings leaves in its output."""
+    plan = prepare(config(data=(str(folder),), output=str(output), **settings), TINY)
+    output.mkdir()
+    (output / "history.csv").touch()
+    (output / "train.json").write_text(json.dumps(as_dict(plan.config)))
+
+
+def test_a_training_is_resumed_as_the_same_task(folder, tmp_path):
+    output = tmp_path / "run"
+    begun(folder, output, noise=("gaussian:25",), crop=16)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+
+    def resume(**changes):
+        same = {"noise": ("gaussian:25",), "crop": 16, **changes}
+        prepare(config(data=(str(moved),), output=str(output), resume=True, **same), TINY)
+
+    resume(steps=99, learning_rate=1e-4, workers=2, batch=8, clip_norm=0.01, early_stop=3)
+    for changes, differing in (
+        ({"seed": 7}, r"--seed \(0, now 7\)"),
+        (
+            {"preset": "unet-xs", "noise": ("clean", "jpeg:50")},
+            r"--preset \(unet-s, now unet-xs\), --noise \(gaussian:25, now clean jpeg:50\)",
+        ),
+        ({"noise": ()}, r"--noise \(gaussian:25, now not given\)"),
+        ({"loss": "mse"}, r"--loss \(not given, now mse\)"),
+        ({"validation_data": (str(folder),)}, "--validation-data"),
+    ):
+        sentence = f"run was begun with another {differing}.*: give what it was, or another --outp"
+        with pytest.raises(UsageError, match=sentence):
+            resume(**changes)
 
 
 def test_the_layout_of_a_state_stays(data, tmp_path):
@@ -865,6 +983,10 @@ def test_what_does_not_fit_is_refused_before_the_first_step(folder):
         prepare(config(data=(str(folder),), crop=31), TINY)
     with pytest.raises(UsageError, match=r"--crop 36: .* multiples of 8; 40 is the next one"):
         prepare(config(data=(str(folder),), crop=36))
+    with pytest.raises(UsageError, match="--crop 20: the network takes images of 28x28 px, no oth"):
+        prepare(config(data=(str(folder),), preset="mnist-latent16", crop=20))
+    with pytest.raises(UsageError, match="--weight-decay: expected a number from 0"):
+        config(weight_decay=math.inf)
 
 
 @pytest.mark.timeout(600)

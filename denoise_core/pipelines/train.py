@@ -41,7 +41,7 @@ from denoise_core.pipelines.cluster import beside_driver, set_data_context
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
-from denoise_core.training import HISTORY, Plan, Source, Trainer, places_of
+from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer, places_of
 from denoise_core.training_data import Picture, Sampler, TrainingData
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
@@ -73,7 +73,6 @@ def run_training(plan: Plan, *, show: Show) -> str:
         show({"note": note})
     files = RunFiles(plan.config)
     with output_lock(files.storage, files.root, run_id=new_run_id()):
-        files.write("train.json", (json.dumps(as_dict(plan.config), indent=1) + "\n").encode())
         try:
             mail = Queue(actor_options=beside_driver())
             _fit(_ray_trainer(plan, mail), mail=mail, show=show)
@@ -211,8 +210,8 @@ def _read(mail: Queue, *, told: list[DenoiseError], show: Show, wait_s: float) -
             if isinstance(item, DenoiseError):
                 told.append(item)
                 continue
-            # The other ranks tick on until Ray ends them.
-            if not item.get("tick"):
+            # The other ranks tick on until Ray ends them; a note tells of no step.
+            if not (item.get("tick") or "note" in item):
                 told.clear()
             show(item)
     except Empty:
@@ -379,16 +378,29 @@ def _train(config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue)
         initial=load_checkpoint(config.init).weights() if config.init else None,
         source=ray_stream if config.input == "ray" else None,
     )
-    last = ray.train.get_checkpoint()
-    if last is not None:
-        with last.as_directory() as folder:
-            trainer.load_state(Path(folder))
+    take_up(trainer, ray.train.get_checkpoint(), mail=mail)
     reporter = Reporter(trainer, data, precision=precision, mail=mail)
     trainer.run(
         lambda metrics, save: reporter.report(metrics), tick=reporter.tick if rank == 0 else None
     )
     if rank == 0 and config.export is not None:
         mail.put(export_best(config))
+
+
+def take_up(trainer: Trainer, last: ray.train.Checkpoint | None, *, mail: Queue) -> None:
+    """Go on from the checkpoint `last`, and only then write the settings down.
+
+    Raises CheckpointError for a checkpoint of another network.
+    """
+    config, files = trainer.config, RunFiles(trainer.config)
+    if last is not None:
+        with last.as_directory() as folder:
+            trainer.load_state(Path(folder))
+    if trainer.rank != 0:
+        return
+    if last is None and config.resume and files.read(HISTORY) is not None:
+        mail.put({"note": f"--resume: no checkpoint in {config.output}; training starts anew."})
+    files.write(SETTINGS, (json.dumps(as_dict(config), indent=1) + "\n").encode())
 
 
 def export_best(config: TrainConfig) -> dict[str, Any]:
@@ -468,7 +480,7 @@ class Reporter:
         config, done = self.trainer.config, row["fraction"] >= 1.0
         if row["best"]:
             with tempfile.TemporaryDirectory(prefix="denoise-") as folder:
-                save_checkpoint(Path(folder), self.trainer.ema, self._card(row))
+                save_checkpoint(Path(folder), self.trainer.best_weights(), self._card(row))
                 self.files.write_folder("best", Path(folder))
         from denoise_core.curves import draw_curves, draw_samples
 
@@ -477,7 +489,10 @@ class Reporter:
         self.files.write("curves.png", curves)
         if done or self.validations % SAMPLES_EVERY == 0:
             pairs = self.trainer.held_out[:SAMPLES]
-            samples = draw_samples(list(self.trainer.outputs(pairs)), title=title)
+            # The target of noisy images alone is noise too: nothing to look at or to measure by.
+            clean = config.self_supervised is None
+            rows = [(n, c if clean else None, o) for n, c, o in self.trainer.outputs(pairs)]
+            samples = draw_samples(rows, title=title)
             self.files.write(f"samples/step-{row['step']:07d}.png", samples)
         self.validations += 1
 
