@@ -21,7 +21,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Hosts as network namespaces, faults while a run works; root, some twenty minutes.
+# Hosts as network namespaces, faults while a run works; root, half an hour.
 test-cluster: install
 	DENOISE_TEST_CLUSTER=1 $(BIN)/python -m pytest -s tests/test_hosts.py
 
