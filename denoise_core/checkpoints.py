@@ -22,10 +22,39 @@ import numpy as np
 from denoise_core.config import nearest
 from denoise_core.errors import CheckpointError, UsageError
 from denoise_core.keras_files import is_keras_file, load_model, read_card
+from denoise_core.models import architecture
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
 CARD_VERSION = 1
 REQUIRED = ("architecture", "arguments", "total_stride", "default_halo", "exact_halo", "sha256")
+
+
+def _are(kinds: tuple[type, ...], values: Any, *, low: float, count: int = 2) -> bool:
+    """Whether `values` is a list of so many numbers from `low` to a finite one."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(each) in kinds and low <= each < 1e300 for each in values)
+    )
+
+
+def _is_level(value: Any) -> bool:
+    return _are((int, float), [value], low=0, count=1)
+
+
+# What a card may say besides REQUIRED and steers a run -> whether a value fits, how that is called.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: isinstance(v, str), "a text"),
+    "architecture": (lambda v: isinstance(v, str), "a text"),
+    "data_range": (
+        lambda v: _are((int, float), v, low=-1e300) and v[0] < v[1],
+        "two numbers, the lower one first",
+    ),
+    "input_size": (lambda v: _are((int,), v, low=1), "[height, width] in pixels"),
+    "channels": (lambda v: _are((int,), [v], low=1, count=1), "a whole number from 1"),
+    "break_even_sigma": (_is_level, "a number from 0"),
+    "break_even_residual": (_is_level, "a number from 0"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +184,7 @@ def _card_path(name: str) -> Path:
 def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a model card ({error}).") from error
     if not isinstance(card, dict):
         raise CheckpointError(f"{path}: not a model card (expected a JSON object).")
@@ -169,7 +198,27 @@ def _read_card(path: Path) -> dict[str, Any]:
             f"{path}: total_stride, default_halo and exact_halo must be whole numbers of pixels "
             "and arguments an object."
         )
+    own = {**card, "channels": card["arguments"].get("channels", 3)}
+    for key, (fits, words) in KINDS.items():
+        if own.get(key) is not None and not fits(own[key]):
+            raise CheckpointError(f"{path}: {key} is {str(own[key])[:60]}; expected {words}.")
+    _check_stride(path, card)
     return card
+
+
+def _check_stride(path: Path, card: dict[str, Any]) -> None:
+    """Raise CheckpointError where the architecture needs another stride, or other arguments."""
+    try:
+        module = architecture(card["architecture"])
+        module.mflop_per_pixel(**card["arguments"])
+        stride = int(module.total_stride(**card["arguments"]))
+    except (UsageError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: the model does not fit its card ({error}).") from error
+    if card["total_stride"] % stride:
+        raise CheckpointError(
+            f"{path}: total_stride is {card['total_stride']}; expected a multiple of {stride}, "
+            "which its architecture needs."
+        )
 
 
 def save_checkpoint(

@@ -129,7 +129,7 @@ def test_a_card_without_a_key_is_refused_by_the_key(folder, key):
         load_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "7", "[]", "null", "\xff", "[" * 100_000])
 def test_what_is_no_card_is_refused(folder, text):
     (folder / "model.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match="not a model card"):
@@ -150,6 +150,31 @@ def test_what_is_no_card_is_refused(folder, text):
 def test_a_card_with_impossible_values_is_refused(folder, changes):
     edit(folder, **changes)
     with pytest.raises(CheckpointError, match="must be whole numbers"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data_range": "abc"}, "data_range is abc; expected two numbers"),
+        ({"data_range": [1]}, "expected two numbers"),
+        ({"data_range": ["a", "b"]}, "expected two numbers"),
+        ({"data_range": [0, None]}, "expected two numbers"),
+        ({"data_range": [0, 0]}, "expected two numbers, the lower one first"),
+        ({"data_range": [0, float("nan")]}, "expected two numbers"),
+        ({"input_size": 5}, r"input_size is 5; expected \[height, width\]"),
+        ({"input_size": [28]}, r"expected \[height, width\]"),
+        ({"arguments": {**ARGUMENTS, "channels": "one"}}, "channels is one; expected a whole"),
+        ({"break_even_sigma": "x"}, "expected a number from 0"),
+        ({"name": 5}, "name is 5; expected a text"),
+        ({"total_stride": 1}, "total_stride is 1; expected a multiple of 2"),
+        ({"arguments": {**ARGUMENTS, "widths": 4}}, "does not fit its card"),
+    ],
+    ids=str,
+)
+def test_a_card_with_values_of_other_kinds_is_refused(folder, changes, sentence):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match=sentence):
         load_checkpoint(str(folder))
 
 

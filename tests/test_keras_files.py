@@ -226,6 +226,12 @@ def test_a_radius_that_leaves_no_core_is_stated_and_not_the_default():
     assert "With" in found.note
 
 
+def test_what_gives_nan_is_refused():
+    for size in (None, (32, 32)):
+        with pytest.raises(CheckpointError, match="gives NaN"):
+            measure(lambda b: b * np.nan, channels=1, input_size=size, strides=(1,))
+
+
 def test_an_output_of_another_shape_is_refused():
     for size in (None, (40, 40)):
         with pytest.raises(CheckpointError, match="back in their own shape"):
@@ -453,6 +459,12 @@ def edited(source, target, edit):
         ("{", "[", "no JSON"),
         ("{", "[" * 100_000, "no JSON"),
         ('"config"', '"cfg"', "no Keras model"),
+        ('"layers": [', '"layers": 5, "x": [', "configuration is damaged"),
+        ('"strides": [', '"strides": [null], "x": [', "configuration is damaged"),
+        ('"strides": [', '"strides": "x", "x": [', "configuration is damaged"),
+        ('"strides": [', '"strides": [0], "x": [', "a stride of 0"),
+        ('"class_name": "Conv2D"', '"class_name": []', "configuration is damaged"),
+        ('"batch_shape": [null, null, null, 3]', '"batch_shape": [null, "a", 0, 3]', "expected im"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_needs_code_or_makes_no_images_is_refused(

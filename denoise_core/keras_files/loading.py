@@ -24,9 +24,11 @@ def load_model(path: Path, *, sha256: str | None = None) -> Any:
         raise CheckpointError(f"{path}: has changed since the run began; start the run again.")
     description = describe(path)
     with tempfile.TemporaryDirectory(prefix="denoise-keras-") as folder:
-        copy = clean_copy(path, data, Path(folder))
         try:
+            copy = clean_copy(path, data, Path(folder))
             model = keras.saving.load_model(copy, compile=False, safe_mode=True)
+        except CheckpointError:
+            raise
         except Exception as error:  # Keras raises whatever a layer's constructor does.
             text = " ".join(str(error).split())[:300]
             raise CheckpointError(

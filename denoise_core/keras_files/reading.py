@@ -78,10 +78,22 @@ class Description:
 def describe(path: Path) -> Description:
     """Check a file and read its input shape, without TensorFlow. Raises CheckpointError."""
     model = _config_of(path, _opened(path))
+    try:
+        return _described(path, model)
+    except (TypeError, AttributeError, ValueError, LookupError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its configuration is damaged ({type(error).__name__}: {error}); save the "
+            "model again by model.save(...)."
+        ) from error
+
+
+def _described(path: Path, model: Config) -> Description:
     _check(path, model)
     shape = _input_shape(path, model)
     channels = shape[-1] if len(shape) == 4 else 1
-    if len(shape) not in (3, 4) or not isinstance(channels, int):
+    sides = [side for side in shape[1:] if side is not None]
+    whole = all(type(side) is int and side > 0 for side in sides)
+    if len(shape) not in (3, 4) or channels is None or not whole:
         raise CheckpointError(
             f"{path}: its input is {tuple(shape)}; expected images, (None, height, width, channels)"
             " with a number of channels: begin the model with keras.Input((28, 28, 1)) or the like."
@@ -279,6 +291,8 @@ def _strides(model: Config) -> tuple[int, ...]:
         if layer["class_name"] in DOWN and isinstance(config, dict):
             step = config.get("strides") or config.get("pool_size") or 1
             total *= math.lcm(*(step if isinstance(step, list) else [int(step)]))
+    if total == 0:
+        raise ValueError("a stride of 0")
     return tuple(n for n in range(1, min(total, MOST_STRIDE) + 1) if total % n == 0)
 
 

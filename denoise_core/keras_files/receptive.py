@@ -178,6 +178,11 @@ class _Probe:
             raise CheckpointError(
                 f"the model does not give an input of shape {batch.shape} back in its own shape."
             )
+        if not np.isfinite(result).all():
+            raise CheckpointError(
+                "the model gives NaN or infinite values; its weights are damaged, or its training "
+                "went astray."
+            )
         return result
 
     def pictures(self, height: int, width: int) -> Array:
