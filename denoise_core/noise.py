@@ -3,7 +3,8 @@
     parse_noise("gaussian:0-55").apply(clean, np.random.default_rng(0))
 
 A noise is written as text. `NAME:LEVEL` has one level, `NAME:LOW-HIGH` draws it uniformly, once for
-each image or crop; a second level follows a second colon. Sigmas are in 1/255 of the data range.
+each image or crop; a second level follows a second colon. Sigmas are in 1/255 of the data
+range. A blur is at most an eighth of the shorter side of the image or crop.
 
     gaussian:25  gaussian:0-55   white, neither clipped nor quantised
     uniform:40                   white, between -40/255 and 40/255
@@ -543,13 +544,15 @@ def _one(text: str) -> Noise:
 def blurred_noise(shape: tuple[int, ...], *, blur: float, rng: np.random.Generator) -> Array:
     """Return float32 Gaussian noise of sigma 1, blurred by a Gaussian of `blur` px, 0 for white.
 
-    Opposite borders are joined, so that the noise is alike everywhere.
+    Opposite borders are joined, so that the noise is alike everywhere. The blur is at most an
+    eighth of the shorter side: a wider one would reach around and shift the image as a whole.
     """
     from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
     noise = rng.standard_normal(shape, dtype=np.float32)
     if blur == 0.0:
         return noise
+    blur = min(blur, min(shape[:2]) / 8)
     # The kernel's values are its answer to an impulse; 4 sigma is where SciPy cuts it off.
     impulse = np.zeros(2 * math.ceil(4 * blur) + 3)
     impulse[impulse.size // 2] = 1.0

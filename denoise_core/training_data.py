@@ -36,6 +36,8 @@ from denoise_core.self_supervised import blind_spots, draw_neighbours, pick
 from denoise_core.storage import Entry, StorageOptions, expand, storage_for
 
 Array = np.ndarray
+# (low, high) of a noisy image (True) and of a partner in other units (False).
+Ranges = dict[bool, tuple[float, float]]
 
 IMAGE_SUFFIXES = tuple(suffix for group in SUFFIXES.values() for suffix in group)
 # Sharp small photographs matter most off-domain: large images also enter at these scales.
@@ -316,6 +318,8 @@ class Library:
     ) -> None:
         self.options, self.channels, self.capacity = options, channels, capacity
         self.kept: OrderedDict[Picture, tuple[Array, Array | None]] = OrderedDict()
+        # What `to_unit` knows of those that are kept.
+        self.ranges: dict[Picture, Ranges] = {}
         self.bytes = 0
 
     def get(self, picture: Picture) -> tuple[Array, Array | None]:
@@ -327,10 +331,12 @@ class Library:
             self.kept.move_to_end(picture)
             return self.kept[picture]
         arrays = self._read(picture)
-        self.kept[picture] = arrays
+        self.kept[picture], self.ranges[picture] = arrays, {}
         self.bytes += _size(arrays)
         while self.bytes > self.capacity and len(self.kept) > 1:
-            self.bytes -= _size(self.kept.popitem(last=False)[1])
+            oldest, gone = self.kept.popitem(last=False)
+            del self.ranges[oldest]
+            self.bytes -= _size(gone)
         return arrays
 
     def _read(self, picture: Picture) -> tuple[Array, Array | None]:
@@ -412,16 +418,22 @@ def _reduce(image: Array, scale: float) -> Array:
     return stacked if image.dtype.kind == "f" else np.rint(stacked).astype(image.dtype)
 
 
-def to_unit(crop: Array, image: Array, partner: Array | None = None) -> Array:
+def to_unit(
+    crop: Array, image: Array, partner: Array | None = None, *, known: Ranges | None = None
+) -> Array:
     """Return a crop of `image` as float32, its data range scaled to [0, 1].
 
     A crop of its clean `partner` goes by the noisy image's range, as the model's output will;
-    where their dtypes differ, so do their units, and each goes by its own.
+    where their dtypes differ, so do their units, and each goes by its own. `known` keeps the ranges
+    for the next crop: that of a float image takes a look at all of its pixels.
     """
     if crop.dtype == np.uint8:
         return crop.astype(np.float32) / np.float32(255.0)
     whole = image if partner is None or partner.dtype == image.dtype else partner
-    low, high = data_range(whole)
+    known, own = {} if known is None else known, whole is image
+    if own not in known:
+        known[own] = data_range(whole)
+    low, high = known[own]
     return (crop.astype(np.float32) - np.float32(low)) / np.float32(high - low)
 
 
@@ -562,7 +574,8 @@ class Sampler:
                 cut = _reduce(np.ascontiguousarray(cut), side / window)
             cut = np.rot90(cut, k=turns)
             cut = cut[:, ::-1] if flip else cut
-            values = to_unit(np.ascontiguousarray(cut), image, pixels)
+            known = self.library.ranges[picture]
+            values = to_unit(np.ascontiguousarray(cut), image, pixels, known=known)
             return values if warp is None else warp.apply(values)
 
         return one(image), None if images[1] is None else one(images[1])

@@ -186,6 +186,17 @@ def test_correlated_noise_has_the_correlation_of_a_gaussian_blur(blur):
     assert border == pytest.approx(middle, rel=0.1)
 
 
+@pytest.mark.parametrize("blur", [2, 8, 20, 1000])
+def test_correlated_noise_keeps_its_sigma_where_the_blur_is_wide_for_the_image(blur):
+    rng, model = np.random.default_rng(0), parse_noise(f"correlated:25:{blur}")
+    fields = 255 * np.array(
+        [model.apply(np.zeros((28, 28, 3), np.float32), rng) for _ in range(60)]
+    )
+    assert np.sqrt(np.mean(fields**2)) == pytest.approx(25, rel=0.04)
+    # Noise, no offset of the whole image.
+    assert fields.std(axis=(1, 2)).mean() > 0.85 * 25
+
+
 def test_chroma_noise_leaves_the_luma_and_grey_pictures_alone():
     noise = noise_of("chroma:10:2", flat(0.5))
     luma = noise @ np.array([0.299, 0.587, 0.114])

@@ -357,6 +357,18 @@ def test_pairs_may_lie_in_folders(tmp_path, patterns):
     assert (clean * 255).mean() == pytest.approx(70)
 
 
+def test_a_float_image_is_looked_at_once_for_its_range(tmp_path, monkeypatch):
+    for number in range(2):
+        values = np.random.default_rng(number).random((40, 48, 3)).astype(np.float32)
+        np.save(tmp_path / f"{number}.npy", 4000 * values)
+    draws = sampler(tmp_path, grey=0.0, noise=("clean",))
+    looks, look = [], training_data.data_range
+    monkeypatch.setattr(training_data, "data_range", lambda a: looks.append(1) or look(a))
+    crops = [draws.sample(step=step, place=0, crop=16)[1] for step in range(9)]
+    assert len(looks) == 1
+    assert 0.9 < max(crop.max() for crop in crops) <= 1.0
+
+
 @pytest.mark.parametrize("scale", [1, 4000])
 def test_noise_does_not_change_the_units_of_float_pairs(tmp_path, scale):
     rng = np.random.default_rng(0)
