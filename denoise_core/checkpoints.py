@@ -210,7 +210,8 @@ def _check_stride(path: Path, card: dict[str, Any]) -> None:
     """Raise CheckpointError where the architecture needs another stride, or other arguments."""
     try:
         module = architecture(card["architecture"])
-        module.mflop_per_pixel(**card["arguments"])
+        if not 0 < module.mflop_per_pixel(**card["arguments"]) < 1e300:
+            raise ValueError("its arguments are no numbers of channels")
         stride = int(module.total_stride(**card["arguments"]))
     except (UsageError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: the model does not fit its card ({error}).") from error

@@ -169,6 +169,7 @@ def test_a_card_with_impossible_values_is_refused(folder, changes):
         ({"name": 5}, "name is 5; expected a text"),
         ({"total_stride": 1}, "total_stride is 1; expected a multiple of 2"),
         ({"arguments": {**ARGUMENTS, "widths": 4}}, "does not fit its card"),
+        ({"arguments": {**ARGUMENTS, "widths": [4, float("nan")]}}, "does not fit its card"),
     ],
     ids=str,
 )
