@@ -463,7 +463,10 @@ class TrainConfig:
             flag = name.replace("_", "-")
             require(getattr(self, name) > 0, f"--{flag}: expected a number above 0.")
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: expected 0 to 1.")
-        require(self.clip_norm is None or self.clip_norm >= 0, "--clip-norm: expected 0 or more.")
+        require(
+            self.clip_norm is None or 0 <= self.clip_norm < math.inf,
+            "--clip-norm: expected a number from 0.",
+        )
         require(self.early_stop is None or self.early_stop >= 1, "--early-stop: expected from 1.")
         require(
             self.learning_rate is None or 0 < self.learning_rate < math.inf,

@@ -41,6 +41,7 @@ from denoise_core.config import setting
 from jobs._cli import settings_command
 from jobs._ray import end_on_sigterm
 
+INTERRUPTED = "Nothing of this measurement is kept."
 BENCHMARKS: dict[str, tuple[type, str]] = {
     "throughput": (ThroughputConfig, "Mpx/s of jobs.denoise, of a plain loop, of the bare model."),
     "quality": (QualityConfig, "PSNR and SSIM beside Mpx/s, of models and classical filters."),
@@ -139,13 +140,19 @@ def main() -> None:
 
 
 for _name, (_settings, _help) in BENCHMARKS.items():
-    main.add_command(settings_command(_settings, _one(_name), name=_name, help=_help))
+    main.add_command(
+        settings_command(_settings, _one(_name), name=_name, help=_help, interrupted=INTERRUPTED)
+    )
 _simulate = settings_command(
     SimulationConfig, simulated, name="simulate", help="One run without pixels, for `scale`."
 )
 _simulate.hidden = True
 main.add_command(_simulate)
-main.add_command(settings_command(AllConfig, measure_all, name="all", help="All of them."))
+main.add_command(
+    settings_command(
+        AllConfig, measure_all, name="all", help="All of them.", interrupted=INTERRUPTED
+    )
+)
 
 if __name__ == "__main__":
     main()
