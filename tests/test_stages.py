@@ -13,7 +13,7 @@ from helpers import as_dtype, picture
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import RunFailed
-from denoise_core.images import ImageHeader
+from denoise_core.images import ImageHeader, ImageMetadata
 from denoise_core.pipelines.job import Job, Model
 from denoise_core.pipelines.stages import Denoise, Expand, Item, Read, Write
 from denoise_core.storage import LocalStorage, StorageOptions
@@ -79,3 +79,23 @@ def test_an_actor_refuses_other_weights_than_the_runs(checkpoint: str, tmp_path:
     actor.denoisers = {}
     with pytest.raises(RunFailed, match="its weights are not those that this run began with"):
         actor._denoiser(checkpoint)
+
+
+def test_a_reference_of_the_other_polarity_is_turned(tmp_path: Path) -> None:
+    clean = as_dtype(picture(40, 50, 1), "uint8")[..., 0]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "clean").mkdir()
+    tifffile.imwrite(tmp_path / "in/a.tif", 255 - clean, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "clean/a.tif", clean, photometric="minisblack")
+    config = DenoiseConfig(
+        inputs=("x",), output=str(tmp_path / "out"), reference=str(tmp_path / "clean")
+    )
+    job = Job(
+        config, "run", StorageOptions(), Geometry(64, 16, 2), (Model("m", "m", "0", 0.0),), "hash"
+    )
+    item = Item({"path": "a.tif", "source_uri": str(tmp_path / "in/a.tif")})
+    Read(job, None)._read(item)
+    pixels = item.array("pixels")
+    metadata = ImageMetadata.from_bytes(bytes(item.metadata))
+    found = Write(job, None)._against_reference(item.facts, metadata, pixels, pixels)
+    assert found["mse"] == 0

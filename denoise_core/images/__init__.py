@@ -22,13 +22,14 @@ from denoise_core.images.codecs import (
     read_window,
 )
 from denoise_core.images.exif import camera_of
+from denoise_core.images.tiff import is_negative
 from denoise_core.images.types import (
     MAX_PIXELS,
     DecodedImage,
     ImageHeader,
     ImageMetadata,
 )
-from denoise_core.images.values import data_range, rescale, to_dtype
+from denoise_core.images.values import data_range, inverted, rescale, to_dtype
 
 __all__ = [
     "FORMATS",
@@ -42,6 +43,8 @@ __all__ = [
     "decode",
     "encode",
     "fetch",
+    "inverted",
+    "is_negative",
     "left_behind",
     "open_image",
     "output_name",

@@ -239,7 +239,7 @@ def encode(
     else:
         values, alpha = _change_depth(pixels, alpha, dtype, metadata, value_range)
         bounds = data_range(dtype)
-    if metadata.format == "tiff" != target and tiff.is_negative(metadata):
+    if target != "tiff" and tiff.is_negative(metadata):
         values = inverted(values, bounds)
     data, lost = _encode_samples(join_alpha(values, alpha), metadata, target, compression)
     return data, tuple(dict.fromkeys((*metadata.lost, *left_behind(metadata, target), *lost)))

@@ -478,8 +478,8 @@ def _dpi(page: Any) -> tuple[float, float] | None:
 
 
 def is_negative(metadata: ImageMetadata) -> bool:
-    """Whether low values of a TIFF are bright (MinIsWhite), which other formats do not know."""
-    return bool(metadata.native["photometric"] == MINISWHITE)
+    """Whether low values are bright, as in a TIFF that is MinIsWhite; others do not know that."""
+    return metadata.format == "tiff" and bool(metadata.native["photometric"] == MINISWHITE)
 
 
 def tags_left_behind(metadata: ImageMetadata) -> list[str]:

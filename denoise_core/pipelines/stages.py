@@ -51,6 +51,8 @@ from denoise_core.images import (
     decode,
     encode,
     fetch,
+    inverted,
+    is_negative,
     left_behind,
     open_image,
     read_header,
@@ -649,6 +651,7 @@ class Write:
         if facts.get("streamed"):
             self._copy_streamed(facts)
             return
+        metadata = ImageMetadata.from_bytes(bytes(item.metadata))
         if facts.get("copied"):
             data = storage_for(facts["source_uri"], self.job.options).read(facts["source_uri"])
             denoised = noisy = item.array("pixels")
@@ -662,7 +665,7 @@ class Write:
             data, lost = encode(
                 denoised,
                 alpha,
-                ImageMetadata.from_bytes(bytes(item.metadata)),
+                metadata,
                 format=config.format,
                 bit_depth=config.bit_depth,
                 compression=config.compression,
@@ -670,7 +673,7 @@ class Write:
             )
         facts["metadata_lost"] = list(lost)
         facts |= self._measures(facts, noisy, denoised)
-        facts |= self._against_reference(facts, noisy, denoised)
+        facts |= self._against_reference(facts, metadata, noisy, denoised)
         # Last, so that a failed row never leaves an image behind.
         write_output(self.output, facts["output_uri"], data)
 
@@ -697,7 +700,9 @@ class Write:
             "seam_ratio": stats.seam_ratio,
         }
 
-    def _against_reference(self, facts: Facts, noisy: Array, denoised: Array) -> Facts:
+    def _against_reference(
+        self, facts: Facts, metadata: ImageMetadata, noisy: Array, denoised: Array
+    ) -> Facts:
         root = self.job.config.reference
         if root is None:
             return {}
@@ -712,6 +717,8 @@ class Write:
             return {"reference_problem": f"{uri}: shape {reference.pixels.shape}"}
         low, high = facts["data_range"]
         clean = self._same_units(reference, denoised.dtype, low, high)
+        if is_negative(reference.metadata) != is_negative(metadata):
+            clean = inverted(clean, (low, high))
         after = metrics.error_sums(denoised, clean, data_range=high - low)
         before = metrics.error_sums(noisy, clean, data_range=high - low)
         return {"reference_uri": uri, **reference_figures(after, before)}
