@@ -39,7 +39,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from denoise_core.config import nearest, require
-from denoise_core.errors import UsageError
+from denoise_core.errors import UnsupportedImage, UsageError
 
 Array = np.ndarray
 
@@ -303,9 +303,17 @@ class Jpeg(Level):
         )
 
     def apply(self, clean: Array, rng: np.random.Generator) -> Array:
-        """Return float32 of the shape of `clean`, multiples of 1/255 in [0, 1]."""
+        """Return float32 of the shape of `clean`, multiples of 1/255 in [0, 1].
+
+        Raises UnsupportedImage for other than 1 or 3 channels.
+        """
         from PIL import Image
 
+        if clean.shape[2] not in (1, 3):
+            raise UnsupportedImage(
+                f"the noise jpeg takes images of 1 or 3 channels, not of {clean.shape[2]}; leave "
+                "the image or the noise out"
+            )
         quality = int(rng.integers(int(self.low), int(self.high) + 1))
         pixels, file = _to_8_bits(clean), io.BytesIO()
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -666,7 +666,7 @@ def test_noise_that_takes_no_such_image_fails_that_image_alone(tmp_path: Path):
     summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25", "jpeg:50"])
     assert summary["images"] == {"total": 2, "ok": 1, "failed": 1}
     (failed,) = (row for row in rows_of(tmp_path / "out") if row["status"] == "failed")
-    assert "b.npy: the noise jpeg:50 cannot be added to 5 channel(s)" in failed["error_message"]
+    assert "the noise jpeg takes images of 1 or 3 channels, not of 5" in failed["error_message"]
 
 
 def test_a_filter_that_gives_nan_fails_by_a_row_of_its_own(

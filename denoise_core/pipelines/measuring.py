@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from denoise_core.config import EvaluateConfig
-from denoise_core.errors import ImageError, StorageError, UnsupportedImage
+from denoise_core.errors import ImageError, StorageError
 from denoise_core.evaluation.examples import Ends, cut_example, example_uri
 from denoise_core.evaluation.methods import IDENTITY, SLOW, Model, ModelSource, run_filter
 from denoise_core.evaluation.protocol import (
@@ -72,21 +72,10 @@ class Bench:
         return read_shot(shot, self.plan.options, max_pixels=self.plan.config.max_pixels)
 
     def noisy(self, shot: Shot, picture: Picture, noise: str) -> Array:
-        """Return the noisy image, float32 (H, W, C) in [0, 1]: the same in every stage.
-
-        Raises UnsupportedImage where the noise takes no image of so many channels.
-        """
+        """Return the noisy image, float32 (H, W, C) in [0, 1]: the same in every stage."""
         if picture.noisy is not None:
             return picture.noisy
-        try:
-            return add_noise(picture.unit, noise, name=shot.name, quantised=self.plan.quantised)
-        except (TypeError, ValueError, OSError) as error:
-            # A JPEG, say, has one channel or three.
-            channels = picture.clean.shape[2]
-            raise UnsupportedImage(
-                f"{shot.name}: the noise {noise} cannot be added to {channels} channel(s) "
-                f"({error}); leave the image or the noise out."
-            ) from error
+        return add_noise(picture.unit, noise, name=shot.name, quantised=self.plan.quantised)
 
     def base(self, shot: Shot) -> Facts:
         """Return the columns that tell the image."""
