@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import tifffile
 from helpers import as_dtype, picture
 
+from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import RunFailed
 from denoise_core.images import ImageHeader, ImageMetadata
-from denoise_core.pipelines.job import Job, Model
-from denoise_core.pipelines.stages import Denoise, Expand, Item, Read, Write
+from denoise_core.pipelines.cluster import _ReadAhead
+from denoise_core.pipelines.job import Facts, Job, Model
+from denoise_core.pipelines.stages import (
+    Denoise,
+    Expand,
+    Guard,
+    Item,
+    Read,
+    Write,
+    measures,
+    to_items,
+    to_table,
+)
 from denoise_core.storage import LocalStorage, StorageOptions
+
+MEASURES = (
+    "sigma_out", "mean_shift", "clipped_fraction", "residual_autocorrelation", "seam_ratio",
+)  # fmt: skip
+
+
+class FreeGuard(Guard):
+    """Counts no attempts: there is no Ray."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job, "denoise", None)
+
+    def sort(self, items):
+        return items, []
+
+    @contextmanager
+    def attempt(self, items):
+        yield items
 
 
 @pytest.mark.parametrize(
@@ -99,3 +132,86 @@ def test_a_reference_of_the_other_polarity_is_turned(tmp_path: Path) -> None:
     metadata = ImageMetadata.from_bytes(bytes(item.metadata))
     found = Write(job, None)._against_reference(item.facts, metadata, pixels, pixels)
     assert found["mse"] == 0
+
+
+def test_the_actor_measures_what_the_write_stage_would(checkpoint: str, tmp_path: Path) -> None:
+    """On a CPU the noisy pixels stay behind, with the same figures; with a reference they go on."""
+    card = load_checkpoint(checkpoint)
+    pixels = as_dtype(picture(90, 130, 3), "uint8")
+    values = np.roll(pixels, 1, axis=0)
+
+    def facts_of(*, use_gpu: bool, reference: str | None) -> tuple[Item, Facts]:
+        config = DenoiseConfig(inputs=("x",), output=str(tmp_path), reference=reference)
+        models = (Model(checkpoint, "tiny", card.hash, 0.0),)
+        job = Job(config, "run", StorageOptions(), Geometry(64, 16, 2), models, "hash")
+        facts = {"size": [90, 130], "shape": [90, 130, 3], "dtype": "uint8", "coarse": False,
+                 "data_range": [0, 255], "sigma_in": 5.0, "path": "a", "image_id": "a",
+                 "region": 0}  # fmt: skip
+        actor = Denoise.__new__(Denoise)
+        actor.job, actor.measures, actor.guard = job, not use_gpu, FreeGuard(job)
+        fixed = SimpleNamespace(denoise_parts=lambda parts: [values], device="cpu", precision="f")
+        actor.denoisers = {checkpoint: fixed}
+        (item,) = to_items(next(actor(to_table(Item(facts, pixels=pixels, metadata=b"")))))
+        carried = item.pixels is not None
+        if carried and "sigma_out" not in item.facts:
+            item.facts |= measures(job, item.facts, item.array("pixels"), item.array("denoised"))
+        return item, {name: item.facts[name] for name in MEASURES}
+
+    on_gpu, by_write = facts_of(use_gpu=True, reference=None)
+    on_cpu, by_actor = facts_of(use_gpu=False, reference=None)
+    compared, _ = facts_of(use_gpu=False, reference="clean")
+    assert by_actor == by_write
+    assert by_actor["seam_ratio"] is not None
+    assert (on_gpu.pixels is None, on_cpu.pixels is None) == (False, True)
+    assert compared.pixels is not None
+
+
+def test_copied_images_go_on_without_their_pixels(tmp_path: Path) -> None:
+    dim = np.full((40, 50), 30, np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", dim)
+    config = DenoiseConfig(inputs=("x",), output=str(tmp_path / "out"))
+    models = (Model("m", "m", "0", 1.0),)
+    job = Job(config, "run", StorageOptions(), Geometry(64, 16, 2), models, "hash")
+    item = Item({"path": "a.tif", "source_uri": str(tmp_path / "a.tif"),
+                 "output_uri": str(tmp_path / "out/images/a.tif")})  # fmt: skip
+    Read(job, None)._read(item)
+    assert item.facts["copied"]
+    assert item.pixels is None
+    item.metadata = bytes(item.metadata)
+    Write(job, None)._write(item)
+    assert item.facts["dim"] == [30, 30]
+    assert item.facts["sigma_out"] == item.facts["sigma_in"]
+    assert (item.facts["mean_shift"], item.facts["clipped_fraction"]) == ([0.0], 0.0)
+    assert (tmp_path / "out/images/a.tif").read_bytes() == (tmp_path / "a.tif").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "size", "running", "actors", "expected"),
+    [
+        (0, 0, 0, 1, True),
+        # One image may always wait for each actor, however large,
+        (0, 0, 1, 1, False),
+        (1, 90, 0, 2, True),
+        (1, 90, 1, 2, False),
+        # and of small ones as many as there is room for; those being read count.
+        (5, 40, 0, 1, True),
+        (5, 40, 1, 1, False),
+        (5, 20, 1, 2, True),
+    ],
+)
+def test_reading_ahead_is_bound(blocks, size, running, actors, expected) -> None:
+    pool = SimpleNamespace(current_size=lambda: actors)
+    taker = Mock(get_autoscaling_actor_pools=lambda: [pool])
+    reader = SimpleNamespace(
+        output_dependencies=[taker],
+        num_active_tasks=lambda: running,
+        metrics=SimpleNamespace(average_bytes_per_output=90),
+    )
+    waiting = SimpleNamespace(
+        total_enqueued_input_blocks=lambda: blocks, total_enqueued_input_blocks_bytes=lambda: size
+    )
+    settings = SimpleNamespace(get_config=lambda key: (1, 60))
+    policy = _ReadAhead(settings, defaultdict(lambda: waiting), None)
+    assert policy.can_add_input(reader) is expected
+    writer = SimpleNamespace(output_dependencies=[])
+    assert policy.can_add_input(writer)

@@ -12,6 +12,11 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -37,12 +42,47 @@ class _Pause(ExecutionCallback):
         time.sleep(PAUSE_S)
 
 
-def set_data_context(*, ordered: bool = False, patience_s: float | None = None) -> None:
+class _ReadAhead(BackpressurePolicy):
+    """Bounds what waits for the actors: Ray Data alone reads ahead what its object store holds.
+
+    It does so most of all while the actors start, and whatever process reads such pages keeps them
+    in its resident memory.
+    """
+
+    KEY = "denoise.read_ahead"
+
+    def can_add_input(self, op: Any) -> bool:
+        """Whether the stage before the actors may begin another task."""
+        if len(op.output_dependencies) != 1:
+            return True
+        (actors,) = op.output_dependencies
+        pools = actors.get_autoscaling_actor_pools()
+        if not pools:
+            return True
+        blocks, size = self._data_context.get_config(self.KEY)
+        count, begun = max(1, pools[0].current_size()), op.num_active_tasks()
+        waiting = self._topology[actors]
+        if waiting.total_enqueued_input_blocks() + begun < blocks * count:
+            return True
+        coming = begun * (op.metrics.average_bytes_per_output or 0)
+        return bool(waiting.total_enqueued_input_blocks_bytes() + coming < size * count)
+
+
+def set_data_context(
+    *,
+    ordered: bool = False,
+    patience_s: float | None = None,
+    read_ahead: tuple[int, int] | None = None,
+) -> None:
     """Make Ray Data print nothing, rest between turns and keep the order if `ordered`.
 
-    Without a finished task for `patience_s` seconds it gives up.
+    Without a finished task for `patience_s` seconds it gives up. `read_ahead` are the blocks and
+    the bytes for each actor, whichever is more, up to which the stage before them goes ahead.
     """
     context = ray.data.DataContext.get_current()
+    policies = [*ENABLED_BACKPRESSURE_POLICIES, *([_ReadAhead] if read_ahead else [])]
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
+    context.set_config(_ReadAhead.KEY, read_ahead)
     context.enable_progress_bars = False
     context.execution_options.preserve_order = ordered
     context.execution_options.verbose_progress = False

@@ -37,6 +37,9 @@ from denoise_core.storage import storage_for
 # Source bytes of the images that share one read task: small ones travel together.
 TASK_BYTES = 4_000_000
 TASK_IMAGES = 32
+# Bytes of decoded pixels that may wait for each actor; that of a GPU takes them in a second or two.
+CPU_READ_AHEAD = 64_000_000
+GPU_READ_AHEAD = 512_000_000
 # A run without any finished row for this long, beyond one image's own limit, is stuck.
 NO_PROGRESS_S = 600
 # Somebody who waits for results hears of it this often, results or not.
@@ -162,13 +165,18 @@ def build_dataset(
     stages: Stages = STAGES,
 ) -> ray.data.Dataset:
     """Return the lazy pipeline from work-list shards to rows of facts."""
-    # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
-    set_data_context(patience_s=NO_PROGRESS_S + job.config.timeout_per_image)
     resources = fit_actors(job.config, images=images)
     check_memory(job, resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
     together = max(1, min(together, images // (4 * resources.actors[1])))
+    # Ray retries what died without end; the ledger ends it for a poisoned image, this for the rest.
+    set_data_context(
+        patience_s=NO_PROGRESS_S + job.config.timeout_per_image,
+        read_ahead=(together, GPU_READ_AHEAD if resources.gpus else CPU_READ_AHEAD),
+    )
+    # A CPU is busy for seconds with one image, so that the next need not be in the actor's hands.
+    in_flight = 1 if together == 1 and not resources.gpus else None
     task = {"num_cpus": 0.5}
     dataset = ray.data.from_items(
         [{"shard": uri} for uri in shards], override_num_blocks=len(shards)
@@ -193,7 +201,9 @@ def build_dataset(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         compute=ray.data.ActorPoolStrategy(
-            min_size=resources.actors[0], max_size=resources.actors[1]
+            min_size=resources.actors[0],
+            max_size=resources.actors[1],
+            max_tasks_in_flight_per_actor=in_flight,
         ),
     )
     return dataset.map_batches(

@@ -446,7 +446,9 @@ class Read:
             below=self.job.model(facts).copy_below,
             spread=high - low,
         ):
-            facts["copied"] = True
+            facts |= {"copied": True, **untouched(image.pixels, facts)}
+            if self.job.config.reference is None:
+                return
         else:
             item.alpha = image.alpha
         item.pixels = image.pixels
@@ -515,14 +517,61 @@ def groups(items: list[Item]) -> Iterator[list[Item]]:
         yield group
 
 
+def untouched(pixels: Array, facts: Facts) -> Facts:
+    """Return the measures of an image that stays as it is."""
+    low, high = facts["data_range"]
+    dim = {"dim": [int(pixels.min()), int(pixels.max())]} if is_dim(pixels, low, high) else {}
+    return {
+        "sigma_out": facts["sigma_in"],
+        "mean_shift": [0.0] * facts["shape"][2],
+        "clipped_fraction": 0.0,
+        **dim,
+    }
+
+
+def measures(job: Job, facts: Facts, noisy: Array, denoised: Array) -> Facts:
+    """Return what can be said of a region's core without a reference; both are (h, w, C)."""
+    low, high = facts["data_range"]
+    region = region_of(job, facts)
+    y0, _, x0, _ = region.core
+    stats = metrics.residual_sums(
+        noisy,
+        denoised,
+        lo=low,
+        hi=high,
+        cuts_y=[tile.start - y0 for tile in region.rows[1:]],
+        cuts_x=[tile.start - x0 for tile in region.columns[1:]],
+    ).stats()
+    return {
+        "sigma_out": metrics.estimate_sigma(denoised, data_range=high - low),
+        "mean_shift": list(stats.mean_shift),
+        "clipped_fraction": stats.clipped_fraction,
+        "residual_autocorrelation": stats.residual_autocorrelation,
+        "seam_ratio": stats.seam_ratio,
+    }
+
+
+def core_in_window(job: Job, facts: Facts) -> tuple[slice, slice]:
+    """Return where a region's core lies in the window that was read of it."""
+    region = region_of(job, facts)
+    y0, y1, x0, x1 = region.core
+    top, _, left, _ = region.window(*facts["size"])
+    return slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
+
+
 class Denoise:
-    """The actor: holds the models, cuts patches of all items it is given, pastes the results."""
+    """The actor: holds the models, cuts patches of all items it is given, pastes the results.
+
+    On CPUs it measures too, so that the noisy pixels need not go on to the write stage, which
+    would take the same cores for it. A GPU's time is dearer than the memory.
+    """
 
     def __init__(self, job: Job, ledger: Any, *, threads: int | None, use_gpu: bool) -> None:
         from denoise_core.devices import configure_tensorflow
 
         configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.job, self.guard = job, Guard(job, "denoise", ledger)
+        self.measures = not use_gpu
         self.denoisers: dict[str, Denoiser] = {}
         self._denoiser(job.models[0].name)
 
@@ -564,6 +613,8 @@ class Denoise:
             with self.guard.attempt(group) as left:
                 self._denoise(left)
             for item in group:
+                if "sigma_out" in item.facts and self.job.config.reference is None:
+                    item.pixels = None
                 yield to_table(item)
 
     def _denoise(self, items: list[Item]) -> None:
@@ -594,11 +645,15 @@ class Denoise:
                 raise
             raise MemoryError("on the device: use a smaller --batch-size or --patch") from None
         for item, part, values in zip(items, parts, results, strict=True):
+            facts, pixels = item.facts, item.array("pixels")
             if self._changes_too_little(item, values):
-                item.facts["copied"] = True
+                facts |= {"copied": True, **untouched(pixels, facts)}
             else:
                 item.denoised = values
-            item.facts |= {
+                if self.measures:
+                    noisy = pixels[core_in_window(self.job, facts)]
+                    facts |= measures(self.job, facts, noisy, values)
+            facts |= {
                 "core_shape": list(values.shape),
                 "patches": len(part.region.patches),
                 "device": denoiser.device,
@@ -623,7 +678,7 @@ class Denoise:
 
 
 class Write:
-    """Encode and write; measure; the row that comes out holds no pixels."""
+    """Encode and write; measure what no stage before has; the row that comes out has no pixels."""
 
     def __init__(self, job: Job, ledger: Any) -> None:
         self.job, self.guard = job, Guard(job, "write", ledger)
@@ -652,14 +707,14 @@ class Write:
             self._copy_streamed(facts)
             return
         metadata = ImageMetadata.from_bytes(bytes(item.metadata))
+        # Without pixels there is nothing left to measure.
+        noisy = item.array("pixels") if item.pixels is not None else None
+        lost: tuple[str, ...] = ()
         if facts.get("copied"):
+            denoised = noisy
             data = storage_for(facts["source_uri"], self.job.options).read(facts["source_uri"])
-            denoised = noisy = item.array("pixels")
-            lost: tuple[str, ...] = ()
-            if is_dim(noisy, *facts["data_range"]):
-                facts["dim"] = [int(noisy.min()), int(noisy.max())]
         else:
-            noisy, denoised = item.array("pixels"), item.array("denoised")
+            denoised = item.array("denoised")
             alpha = item.array("alpha") if item.alpha is not None else None
             config = self.job.config
             data, lost = encode(
@@ -672,33 +727,12 @@ class Write:
                 value_range=tuple(facts["data_range"]),
             )
         facts["metadata_lost"] = list(lost)
-        facts |= self._measures(facts, noisy, denoised)
-        facts |= self._against_reference(facts, metadata, noisy, denoised)
+        if noisy is not None and denoised is not None:
+            if "sigma_out" not in facts:
+                facts |= measures(self.job, facts, noisy, denoised)
+            facts |= self._against_reference(facts, metadata, noisy, denoised)
         # Last, so that a failed row never leaves an image behind.
         write_output(self.output, facts["output_uri"], data)
-
-    def _measures(self, facts: Facts, noisy: Array, denoised: Array) -> Facts:
-        low, high = facts["data_range"]
-        region = region_of(self.job, facts)
-        y0, _, x0, _ = region.core
-        sums = metrics.residual_sums(
-            noisy,
-            denoised,
-            lo=low,
-            hi=high,
-            cuts_y=[tile.start - y0 for tile in region.rows[1:]],
-            cuts_x=[tile.start - x0 for tile in region.columns[1:]],
-        )
-        stats = sums.stats()
-        return {
-            "sigma_out": facts["sigma_in"]
-            if facts.get("copied")
-            else metrics.estimate_sigma(denoised, data_range=high - low),
-            "mean_shift": list(stats.mean_shift),
-            "clipped_fraction": stats.clipped_fraction,
-            "residual_autocorrelation": stats.residual_autocorrelation,
-            "seam_ratio": stats.seam_ratio,
-        }
 
     def _against_reference(
         self, facts: Facts, metadata: ImageMetadata, noisy: Array, denoised: Array
@@ -791,20 +825,20 @@ class Write:
     def _stage_region(self, item: Item) -> None:
         facts = item.facts
         denoised = item.array("denoised")
-        region = region_of(self.job, facts)
-        y0, y1, x0, x1 = region.core
-        top, _, left, _ = region.window(*facts["size"])
-        core = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
+        y0, y1, x0, x1 = region_of(self.job, facts).core
+        core = core_in_window(self.job, facts)
         alpha = item.array("alpha")[core] if item.alpha is not None else None
-        noisy = item.array("pixels")[core]
-        place = slice(y0, y1), slice(x0, x1)
-        facts |= self._region_against_reference(facts, place, noisy, denoised)
+        if item.pixels is not None:
+            noisy = item.array("pixels")[core]
+            if "sigma_out" not in facts:
+                facts |= measures(self.job, facts, noisy, denoised)
+            place = slice(y0, y1), slice(x0, x1)
+            facts |= self._region_against_reference(facts, place, noisy, denoised)
         samples = self._samples(facts, denoised, alpha)
         buffer = io.BytesIO()
         np.save(buffer, samples, allow_pickle=False)
         pixels = self.job.staging(facts, f"{facts['region']:06d}.npy")
         write_output(self.output, pixels, buffer.getbuffer())
-        facts |= self._measures(facts, noisy, denoised)
         # The marker comes last: a region with it is finished, whatever happens afterwards.
         marker = {k: v for k, v in facts.items() if k != "started_at"} | {"run_id": self.job.run_id}
         uri = self.job.staging(facts, f"{facts['region']:06d}.json")
