@@ -18,7 +18,7 @@ from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import RunFailed
 from denoise_core.images import ImageHeader, ImageMetadata
-from denoise_core.pipelines.cluster import _ReadAhead
+from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead
 from denoise_core.pipelines.job import Facts, Job, Model
 from denoise_core.pipelines.stages import (
     Denoise,
@@ -201,17 +201,37 @@ def test_copied_images_go_on_without_their_pixels(tmp_path: Path) -> None:
 )
 def test_reading_ahead_is_bound(blocks, size, running, actors, expected) -> None:
     pool = SimpleNamespace(current_size=lambda: actors)
-    taker = Mock(get_autoscaling_actor_pools=lambda: [pool])
-    reader = SimpleNamespace(
-        output_dependencies=[taker],
+    writer = stage()
+    taker = stage(writer, pools=[pool])
+    reader = stage(taker, running=running)
+    policy = policy_with(blocks, size)
+    assert policy.can_add_input(reader) is expected
+    assert policy.can_add_input(taker)
+    assert policy.can_add_input(writer)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "running", "expected"),
+    [(0, 0, True), (MOST_ITEMS - 1, 0, True), (MOST_ITEMS, 0, False), (0, 1, False)],
+)
+def test_one_work_list_is_cut_at_a_time(blocks, running, expected) -> None:
+    lists = stage(stage(stage(pools=["pool"])), running=running)
+    assert policy_with(blocks, 0).can_add_input(lists) is expected
+
+
+def stage(*following: Mock, pools=(), running: int = 0) -> Mock:
+    return Mock(
+        output_dependencies=list(following),
+        get_autoscaling_actor_pools=lambda: list(pools),
         num_active_tasks=lambda: running,
         metrics=SimpleNamespace(average_bytes_per_output=90),
     )
+
+
+def policy_with(blocks: int, size: int) -> _ReadAhead:
+    """Return one block or 60 bytes for each actor, with so much waiting before every stage."""
     waiting = SimpleNamespace(
         total_enqueued_input_blocks=lambda: blocks, total_enqueued_input_blocks_bytes=lambda: size
     )
     settings = SimpleNamespace(get_config=lambda key: (1, 60))
-    policy = _ReadAhead(settings, defaultdict(lambda: waiting), None)
-    assert policy.can_add_input(reader) is expected
-    writer = SimpleNamespace(output_dependencies=[])
-    assert policy.can_add_input(writer)
+    return _ReadAhead(settings, defaultdict(lambda: waiting), None)

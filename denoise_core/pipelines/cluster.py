@@ -30,42 +30,69 @@ from denoise_core.storage import StorageOptions, join, storage_for
 FEW_IMAGES = 16
 # Ray Data's scheduler waits for tasks, but with all of them held back by full queues it turns
 # without a pause: in a training worker it took 0.6 of a core and, by Python's lock, half the speed.
-PAUSE_S = 0.02
+# From turn to turn without an event the pause doubles, up to the second.
+PAUSES_S = 0.001, 0.02
+# Kept of a stage's blocks, for `Dataset.stats`; of a million images they would take gigabytes.
+MOST_STATISTICS = 1_000
+# With so many tasks waiting to read, no further work list is opened.
+MOST_ITEMS = 1_000
 # A machine that does not say within this time how a process of its own died is lost.
 LAST_WORDS_S = 60
 
 
-class _Pause(ExecutionCallback):
-    """A short rest for each turn of Ray Data's scheduler."""
+class _Turn(ExecutionCallback):
+    """Ends each turn of Ray Data's scheduler: forgets old statistics, rests if nothing happened."""
+
+    def __init__(self) -> None:
+        self.seen, self.pause_s = 0, PAUSES_S[0]
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(PAUSE_S)
+        seen = 0
+        for op in executor._topology:
+            each = op.metrics
+            seen += each.num_tasks_submitted + each.num_tasks_finished
+            seen += each.num_task_outputs_generated
+            for blocks in op.get_stats().values():
+                if len(blocks) > MOST_STATISTICS:
+                    blocks.clear()
+        shortest, longest = PAUSES_S
+        self.pause_s = min(2 * self.pause_s, longest) if seen == self.seen else shortest
+        self.seen = seen
+        time.sleep(self.pause_s)
 
 
 class _ReadAhead(BackpressurePolicy):
-    """Bounds what waits for the actors: Ray Data alone reads ahead what its object store holds.
+    """Bounds what waits before the actors and, as work items, before the stage that reads.
 
-    It does so most of all while the actors start, and whatever process reads such pages keeps them
-    in its resident memory.
+    Ray Data alone reads ahead what its object store holds, most of all while the actors start, and
+    whatever process reads such pages keeps them in its resident memory. Work items are too small
+    for it to see at all, but the driver pays kilobytes for each.
     """
 
     KEY = "denoise.read_ahead"
 
     def can_add_input(self, op: Any) -> bool:
-        """Whether the stage before the actors may begin another task."""
-        if len(op.output_dependencies) != 1:
+        """Whether a stage may begin another task."""
+        following = _following(op)
+        if following is None:
             return True
-        (actors,) = op.output_dependencies
-        pools = actors.get_autoscaling_actor_pools()
+        waiting, begun = self._topology[following], op.num_active_tasks()
+        count = waiting.total_enqueued_input_blocks() + begun
+        pools = following.get_autoscaling_actor_pools()
         if not pools:
-            return True
+            return begun == 0 and bool(count < MOST_ITEMS)
         blocks, size = self._data_context.get_config(self.KEY)
-        count, begun = max(1, pools[0].current_size()), op.num_active_tasks()
-        waiting = self._topology[actors]
-        if waiting.total_enqueued_input_blocks() + begun < blocks * count:
-            return True
+        actors = max(1, pools[0].current_size())
         coming = begun * (op.metrics.average_bytes_per_output or 0)
-        return bool(waiting.total_enqueued_input_blocks_bytes() + coming < size * count)
+        size_ahead = waiting.total_enqueued_input_blocks_bytes() + coming
+        return bool(count < blocks * actors or size_ahead < size * actors)
+
+
+def _following(op: Any) -> Any:
+    """Return the stage after one that comes before the actors; None of others."""
+    if len(op.output_dependencies) != 1 or op.get_autoscaling_actor_pools():
+        return None
+    return op.output_dependencies[0]
 
 
 def set_data_context(
@@ -86,7 +113,7 @@ def set_data_context(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = ordered
     context.execution_options.verbose_progress = False
-    context.custom_execution_callback_classes = [_Pause]
+    context.custom_execution_callback_classes = [_Turn]
     if patience_s is not None:
         context.execution_no_progress_timeout_s = int(patience_s)
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -181,8 +182,10 @@ def build_dataset(
     dataset = ray.data.from_items(
         [{"shard": uri} for uri in shards], override_num_blocks=len(shards)
     )
-    dataset = dataset.flat_map(_ReadShard(job), **task)
+    dataset = dataset.map_batches(_ReadShards(job), batch_format="pyarrow", batch_size=None)
+    _make_cheap(dataset)
     dataset = dataset.repartition(target_num_rows_per_block=together)
+    _make_cheap(dataset)
     dataset = dataset.map_batches(
         Expand(job, ledger), batch_format="pyarrow", batch_size=None, **task
     )
@@ -211,14 +214,24 @@ def build_dataset(
     )
 
 
+def _make_cheap(dataset: ray.data.Dataset) -> None:
+    """Give the last stage next to no CPU, and let it end however few of its blocks are taken.
+
+    Cutting a work list is little work. A stage waiting for its blocks to be taken, which happens
+    turn by turn, keeps its CPU; Ray Data would give it a whole one, all that some hosts have, and
+    `repartition` has no argument for it.
+    """
+    arguments = {"num_cpus": 0.01, "_generator_backpressure_num_objects": 2 * worklist.SHARD_ROWS}
+    dataset._logical_plan.dag.ray_remote_args.update(arguments)
+
+
 @dataclass(frozen=True, slots=True)
-class _ReadShard:
+class _ReadShards:
     job: Job
 
-    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        storage = storage_for(row["shard"], self.job.options)
-        rows: list[dict[str, Any]] = worklist.read_shard(storage, row["shard"]).to_pylist()
-        return rows
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for uri in table["shard"].to_pylist():
+            yield worklist.read_shard(storage_for(uri, self.job.options), uri)
 
 
 @ray.remote(num_cpus=0.5, max_retries=3)

@@ -1,0 +1,45 @@
+"""The whole job where Ray has one CPU, as in a small container, with several work lists."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import as_dtype, job_environment, make_checkpoint, picture, rows_of
+from PIL import Image
+
+pytestmark = pytest.mark.timeout(300)
+
+JOB = """
+import sys
+
+import ray
+
+from denoise_core import worklist
+from denoise_core.config import DenoiseConfig
+from denoise_core.pipelines.denoise import Watcher, run_denoising
+
+worklist.SHARD_ROWS = 4
+start = lambda: ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+folder, out, model = sys.argv[1:]
+config = DenoiseConfig(inputs=(folder,), output=out, model=model)
+run_denoising(config, watcher=Watcher(), start_ray=start)
+"""
+
+
+def test_one_core_suffices(tmp_path: Path) -> None:
+    for index in range(10):
+        pixels = as_dtype(picture(20, 24, 3, seed=index), "uint8")
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"in/{index}.png")
+    model = make_checkpoint(tmp_path / "model")
+    command = [sys.executable, "-c", JOB, str(tmp_path / "in"), str(tmp_path / "out"), model]
+    # Before, it hung for ever: one stage asked for a whole CPU beside the actor.
+    done = subprocess.run(
+        command, env=job_environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["status"] for row in rows_of(tmp_path / "out")] == ["ok"] * 10
+    assert not list((tmp_path / "out/.denoise").glob("work/*"))
