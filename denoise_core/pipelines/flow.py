@@ -177,7 +177,9 @@ def build_dataset(
         read_ahead=(together, GPU_READ_AHEAD if resources.gpus else CPU_READ_AHEAD),
     )
     # A CPU is busy for seconds with one image, so that the next need not be in the actor's hands.
-    in_flight = 1 if together == 1 and not resources.gpus else None
+    # A pool that may grow does so by what is in its actors' hands.
+    grows = resources.actors[0] < resources.actors[1]
+    in_flight = None if grows or together > 1 or resources.gpus else 1
     task = {"num_cpus": 0.5}
     dataset = ray.data.from_items(
         [{"shard": uri} for uri in shards], override_num_blocks=len(shards)
