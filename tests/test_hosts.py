@@ -32,7 +32,7 @@ from hosts import (
     wait_until,
 )
 
-IMAGES = 120
+IMAGES = 480
 # What has a training end in two minutes rather than four.
 STEPS, EVERY = 100, 10
 
