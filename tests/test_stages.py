@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import tifffile
-from helpers import as_dtype, picture
+from helpers import as_dtype, files_below, picture
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
@@ -19,6 +19,7 @@ from denoise_core.denoiser import Geometry
 from denoise_core.errors import RunFailed
 from denoise_core.images import ImageHeader, ImageMetadata
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead
+from denoise_core.pipelines.denoise import _Run
 from denoise_core.pipelines.job import Facts, Job, Model
 from denoise_core.pipelines.stages import (
     Denoise,
@@ -31,7 +32,7 @@ from denoise_core.pipelines.stages import (
     to_items,
     to_table,
 )
-from denoise_core.storage import LocalStorage, StorageOptions
+from denoise_core.storage import LocalStorage, StorageOptions, local
 
 MEASURES = (
     "sigma_out", "mean_shift", "clipped_fraction", "residual_autocorrelation", "seam_ratio",
@@ -183,6 +184,30 @@ def test_copied_images_go_on_without_their_pixels(tmp_path: Path) -> None:
     assert item.facts["sigma_out"] == item.facts["sigma_in"]
     assert (item.facts["mean_shift"], item.facts["clipped_fraction"]) == ([0.0], 0.0)
     assert (tmp_path / "out/images/a.tif").read_bytes() == (tmp_path / "a.tif").read_bytes()
+
+
+def test_what_goes_while_it_is_swept_keeps_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ".denoise/regions/image"
+    folder.mkdir(parents=True)
+    for index in range(5):
+        (folder / f"{index}.npy").write_bytes(b"pixels")
+    look, seen = local._look_at, []
+
+    def look_too_late(item, path):
+        seen.append(path)
+        if len(seen) == 2:
+            Path(item.path).unlink()
+        return look(item, path)
+
+    monkeypatch.setattr(local, "_look_at", look_too_late)
+    run = _Run.__new__(_Run)
+    run.storage, run.out = LocalStorage(), str(tmp_path)
+    run._sweep("regions")
+    run._sweep("of which there is none")
+    assert len(seen) == 5
+    assert files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize(

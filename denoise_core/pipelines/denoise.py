@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -28,6 +29,8 @@ from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import (
+    Entry,
+    Selection,
     Storage,
     StorageOptions,
     absolute,
@@ -349,12 +352,16 @@ class _Run:
         build_report(self.out, self.job.options)
 
     def _sweep(self, folder: str) -> None:
-        """Delete what is of no use once a run is over; killed runs leave some."""
-        try:
-            for entry in list(self.storage.list(join(self.out, ".denoise", folder))):
-                self.storage.delete(entry.uri)
-        except ObjectNotFound:
-            return
+        """Delete what is of no use once a run is over; killed runs leave some.
+
+        Regions may be on their way out meanwhile, so that one that is gone is no end of it.
+        """
+        with suppress(ObjectNotFound):
+            for found in list(self.storage.walk(join(self.out, ".denoise", folder), Selection())):
+                if isinstance(found, Entry):
+                    self.storage.delete(found.uri)
+                elif not isinstance(found[1], ObjectNotFound):
+                    raise found[1]
 
     def _plan(self) -> list[str]:
         counts, items = _plan(self.job, self.storage)
