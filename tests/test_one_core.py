@@ -10,7 +10,7 @@ import pytest
 from helpers import as_dtype, job_environment, make_checkpoint, picture, rows_of
 from PIL import Image
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 JOB = """
 import sys

@@ -38,7 +38,7 @@ from denoise_core.storage import storage_for
 # Source bytes of the images that share one read task: small ones travel together.
 TASK_BYTES = 4_000_000
 TASK_IMAGES = 32
-# Bytes of decoded pixels that may wait for each actor; that of a GPU takes them in a second or two.
+# Bytes of decoded pixels that may wait for each actor; those for GPUs were never tried on one.
 CPU_READ_AHEAD = 64_000_000
 GPU_READ_AHEAD = 512_000_000
 # A run without any finished row for this long, beyond one image's own limit, is stuck.

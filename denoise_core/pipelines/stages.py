@@ -446,7 +446,7 @@ class Read:
             below=self.job.model(facts).copy_below,
             spread=high - low,
         ):
-            facts |= {"copied": True, **untouched(image.pixels, facts)}
+            facts |= {"copied": True, **untouched(facts, image.pixels)}
             if self.job.config.reference is None:
                 return
         else:
@@ -517,16 +517,16 @@ def groups(items: list[Item]) -> Iterator[list[Item]]:
         yield group
 
 
-def untouched(pixels: Array, facts: Facts) -> Facts:
-    """Return the measures of an image that stays as it is."""
-    low, high = facts["data_range"]
-    dim = {"dim": [int(pixels.min()), int(pixels.max())]} if is_dim(pixels, low, high) else {}
-    return {
+def untouched(facts: Facts, pixels: Array | None = None) -> Facts:
+    """Return the measures of an image that stays as it is; `pixels` tell whether it is dim."""
+    same: Facts = {
         "sigma_out": facts["sigma_in"],
         "mean_shift": [0.0] * facts["shape"][2],
         "clipped_fraction": 0.0,
-        **dim,
     }
+    if pixels is not None and is_dim(pixels, *facts["data_range"]):
+        same["dim"] = [int(pixels.min()), int(pixels.max())]
+    return same
 
 
 def measures(job: Job, facts: Facts, noisy: Array, denoised: Array) -> Facts:
@@ -647,7 +647,7 @@ class Denoise:
         for item, part, values in zip(items, parts, results, strict=True):
             facts, pixels = item.facts, item.array("pixels")
             if self._changes_too_little(item, values):
-                facts |= {"copied": True, **untouched(pixels, facts)}
+                facts |= {"copied": True, **untouched(facts, pixels)}
             else:
                 item.denoised = values
                 if self.measures:
@@ -807,12 +807,7 @@ class Write:
             copy_file(source, facts["source_uri"], self.output, facts["output_uri"])
         if sums:
             facts |= merge_reference(sums)
-        facts |= {
-            "metadata_lost": [],
-            "sigma_out": facts["sigma_in"],
-            "mean_shift": [0.0] * facts["shape"][2],
-            "clipped_fraction": 0.0,
-        }
+        facts |= {"metadata_lost": [], **untouched(facts)}
 
     @staticmethod
     def _same_units(reference: DecodedImage, dtype: Any, low: float, high: float) -> Array:
