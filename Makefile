@@ -18,8 +18,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m jobs.demo --output demo
 
+# Two files at a time, each with a Ray of its own: most tests wait for processes to start.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Hosts as network namespaces, faults while a run works; root, half an hour.
 test-cluster: install

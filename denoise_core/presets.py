@@ -115,7 +115,7 @@ PRESETS = {
     "unet-xs": unet((16, 32, 64, 128), (1, 1, 1, 2), 2e-3, about="residual U-Net, speed first"),
     "unet-s": unet((24, 48, 96, 192), (1, 1, 1, 2), 1e-3, about="residual U-Net, the default"),
     "unet-m": unet((40, 80, 160, 320), (1, 1, 1, 2), 6e-4, about="residual U-Net, for a GPU"),
-    "unet-l": unet((56, 112, 224, 448), (1, 1, 2, 4), 4e-4, about="residual U-Net, the teacher"),
+    "unet-l": unet((56, 112, 224, 448), (1, 1, 2, 2), 4e-4, about="residual U-Net, the teacher"),
     "unet-s-photo": unet(
         (24, 48, 96, 192),
         (1, 1, 1, 2),

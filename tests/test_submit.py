@@ -84,6 +84,8 @@ def head(s3_server: S3Server) -> Iterator[Head]:
     environment = job_environment(
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0"
     )
+    # As in the files in cluster/.
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
     # Else workers give way to all else on a busy machine.
     environment["RAY_worker_niceness"] = "0"
     environment.pop("PYTHONPATH", None)

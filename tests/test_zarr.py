@@ -471,7 +471,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[Path], Any]]] = {
         p, "0/.zarray", lambda d: d.update(filters=5))),
     "list beside the array": (CorruptImage, "no JSON object", lambda p: (
         p / "0/.zattrs").write_text("[1]")),
-    "outside": (CorruptImage, "relative path", lambda p: damaged(
+    "outside": (CorruptImage, "cannot be put below", lambda p: damaged(
         p, ".zattrs", lambda d: d["multiscales"][0]["datasets"][0].update(path="../b"))),
     "no datasets": (CorruptImage, "damaged", lambda p: damaged(
         p, ".zattrs", lambda d: d["multiscales"][0].update(datasets=[]))),
