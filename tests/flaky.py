@@ -35,9 +35,11 @@ class FlakyProxy:
         *,
         conditional: bool = False,
         address: str = "127.0.0.1",
+        seed: int = 0,
     ) -> None:
         self.target, self.conditional = urlsplit(target).netloc, conditional
         self.faults, self.meanwhile = list(faults), NO_FAULT
+        self.random = random.Random(seed)
         self.met: Counter[str] = Counter()
         self.put_keys: set[str] = set()
         proxy = self
@@ -67,7 +69,7 @@ class FlakyProxy:
 
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        fault = self.faults.pop(0) if self.faults else random.choice(self.meanwhile)
+        fault = self.faults.pop(0) if self.faults else self.random.choice(self.meanwhile)
         self.met[fault] += 1
         if self.conditional and request.headers.get("If-None-Match"):
             fault = "412" if request.path in self.put_keys else ""

@@ -1,7 +1,7 @@
 """A Ray cluster of several hosts on one machine, and what can befall it. Needs root.
 
 Hosts are network namespaces joined by a bridge: a head without CPUs, two workers and one in
-reserve; the S3 server is on the bridge's own address, and so is who submits.
+reserve, one with the S3 server and one that submits. The tests look on from the bridge.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from helpers import as_dtype, files_below, job_environment, make_checkpoint, pic
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"
-HEAD, WORKERS, RESERVE = 1, (2, 3), 4
+HEAD, WORKERS, RESERVE, STORAGE, LAPTOP = 1, (2, 3), 4, 5, 6
+ALL = (HEAD, *WORKERS, RESERVE, STORAGE, LAPTOP)
 # Words in the command lines of processes.
 ACTOR, DRIVER, RAYLET = (
     "ray::MapWorker(MapBatches(Denoise",
@@ -86,6 +87,9 @@ class Hosts:
     s3_port: int
     token: str = field(default_factory=lambda: secrets.token_hex(24), repr=False)
     s3: subprocess.Popen[bytes] | None = None
+    # When the first submission for an output was made, seconds since the epoch.
+    begun: dict[str, float] = field(default_factory=dict)
+    undisturbed_s: float = 0.0
 
     @property
     def bucket(self) -> Path:
@@ -106,7 +110,7 @@ class Hosts:
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{NETWORK}.254:{self.s3_port}",
+            "AWS_ENDPOINT_URL": f"http://{NETWORK}.{STORAGE}:{self.s3_port}",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
@@ -117,7 +121,7 @@ class Hosts:
         ip("link", "add", "dnbr", "type", "bridge")
         ip("addr", "add", f"{NETWORK}.254/24", "dev", "dnbr")
         ip("link", "set", "dnbr", "up")
-        for number in (HEAD, *WORKERS, RESERVE):
+        for number in ALL:
             name = f"dn{number}"
             ip("netns", "add", name)
             ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -132,8 +136,9 @@ class Hosts:
     def start_s3(self) -> None:
         """Start the S3 server."""
         self.s3 = subprocess.Popen(
-            [str(rclone_binary()), "serve", "s3", "--config", "", "--addr",
-             f"{NETWORK}.254:{self.s3_port}", str(self.bucket.parent)],
+            ["ip", "netns", "exec", f"dn{STORAGE}", str(rclone_binary()), "serve", "s3",
+             "--config", "", "--addr", f"{NETWORK}.{STORAGE}:{self.s3_port}",
+             str(self.bucket.parent)],
             env={**os.environ, "RCLONE_AUTH_KEY": '"key,secret"'},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -158,7 +163,7 @@ class Hosts:
 
     def destroy(self) -> None:
         """Leave nothing of it."""
-        for number in (HEAD, *WORKERS, RESERVE):
+        for number in ALL:
             with contextlib.suppress(subprocess.CalledProcessError):
                 self.kill(number)
             ip("link", "del", f"dn{number}v", check=False)
@@ -238,11 +243,11 @@ class Hosts:
     # --- jobs -----------------------------------------------------------------------------------
 
     def submit(self, name: str, *words: Any, runtime_env: dict[str, Any] | None = None) -> None:
-        """`ray job submit --no-wait` of `python WORDS` from the bridge's host."""
+        """`ray job submit --no-wait` of `python WORDS` from the laptop."""
         subprocess.run(
-            [str(BIN / "ray"), "job", "submit", "--no-wait", "--submission-id", name,
-             "--working-dir", ".", "--runtime-env-json", json.dumps(runtime_env or {}),
-             "--", "python", *map(str, words)],
+            ["ip", "netns", "exec", f"dn{LAPTOP}", str(BIN / "ray"), "job", "submit",
+             "--no-wait", "--submission-id", name, "--working-dir", ".",
+             "--runtime-env-json", json.dumps(runtime_env or {}), "--", "python", *map(str, words)],
             env=self.environment() | {"RAY_ADDRESS": f"http://{NETWORK}.{HEAD}:8265"},
             cwd=ROOT, check=True, capture_output=True, timeout=200,
         )  # fmt: skip
@@ -251,12 +256,17 @@ class Hosts:
         """Submit `jobs.denoise` from s3://bucket/SOURCE to s3://bucket/OUT."""
         words = ["-m", "jobs.denoise", f"s3://bucket/{source}", "--output", f"s3://bucket/{out}"]
         words += ["--model", f"{self.folder}/model", "--precision", "float32"]
+        self.begun.setdefault(out, time.time())
         self.submit(name, *words, *flags, **more)
 
-    def stumbling_s3(self) -> FlakyProxy:
+    def took(self, name: str, out: str) -> float:
+        """Seconds from an output's first submission to the end of its last, `name`."""
+        return float(self.job(name)["end_time"]) / 1e3 - self.begun[out]
+
+    def stumbling_s3(self, *, seed: int = 0) -> FlakyProxy:
         """A second address of the S3 server, for `--s3-endpoint`, that can be told to fail."""
-        address = f"{NETWORK}.254"
-        return FlakyProxy(f"http://{address}:{self.s3_port}", address=address)
+        target = f"http://{NETWORK}.{STORAGE}:{self.s3_port}"
+        return FlakyProxy(target, address=f"{NETWORK}.254", seed=seed)
 
     def ask(self, path: str, *, method: str = "GET") -> Any:
         """Ask the head's dashboard."""

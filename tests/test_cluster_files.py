@@ -91,8 +91,9 @@ def test_every_file_of_the_folder_is_in_its_readme() -> None:
 
 
 def commands(text: str) -> list[str]:
-    """The `python -m jobs.X ...` commands in a text, one line each."""
+    """The `python -m jobs.X ...` commands in a text, one line each; those of a CMD too."""
     text = re.sub(r"\\\n[#\s]*", " ", text)
+    text = text.replace('", "', " ").replace('"]', "")
     return re.findall(r"python -m (jobs\.[^\n`|;&#]*)", text)
 
 
