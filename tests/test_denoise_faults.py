@@ -38,7 +38,7 @@ from helpers import (
 )
 
 from denoise_core import lock
-from denoise_core.errors import DenoiseError, OutputLocked, RunFailed
+from denoise_core.errors import OutputLocked, RunFailed
 from denoise_core.images import decode
 from denoise_core.results import Done
 from denoise_core.storage import LocalStorage
@@ -105,11 +105,19 @@ def test_fault_of_the_program_ends_the_run_in_one_sentence(
     assert not (tmp_path / "out/_SUCCESS").exists()
 
 
-def start_hooked(*arguments: Any) -> subprocess.Popen[str]:
+# What makes root obey permissions.
+BOUND = (
+    ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if os.geteuid() == 0 and shutil.which("setpriv")
+    else []
+)
+
+
+def start_hooked(*arguments: Any, before: list[str] | None = None) -> subprocess.Popen[str]:
     """`python -m jobs.denoise` with the faults of `worker_hook`, in a session of its own."""
     hook = Path(__file__).with_name("worker_hook.py")
     return subprocess.Popen(
-        [sys.executable, str(hook), *map(str, arguments)],
+        [*(before or []), sys.executable, str(hook), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,39 +143,60 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("trouble", ["full", "read-only"])
-def test_a_full_or_read_only_disk_ends_the_run_and_the_rerun_completes(
-    ray_session: None, checkpoint: str, tmp_path: Path, small_disk: Path, trouble: str
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        ("full", "no space is left"),
+        ("read-only", "is read-only"),
+        ("forbidden", "permission denied"),
+    ],
+)
+def test_an_output_that_fails_midway_ends_the_run_and_the_rerun_completes(
+    ray_session: None,
+    checkpoint: str,
+    tmp_path: Path,
+    small_disk: Path,
+    trouble: str,
+    sentence: str,
 ) -> None:
-    def remount(options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", str(small_disk)], check=True)
+    def remount(options: str) -> bool:
+        command = ["mount", "-o", f"remount,{options}", str(small_disk)]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
-    names = [f"{i:02d}" for i in range(24)]
-    (tmp_path / "in").mkdir()
+    names = [f"slow-{i:02d}" for i in range(24)]
+    source, out = tmp_path / "in", small_disk / "out"
+    source.mkdir()
     for seed, name in enumerate(names):
         pixels = as_dtype(picture(240, 320, 3, seed=seed), "uint8")
-        (tmp_path / "in" / f"{name}.png").write_bytes(bytes(imagecodecs.png_encode(pixels)))
-    out = small_disk / "out"
+        (source / f"{name}.png").write_bytes(bytes(imagecodecs.png_encode(pixels)))
+    if trouble != "full":
+        assert remount("size=50m")
+    flags = ["--model", checkpoint, "--precision", "float32", "--actors", "1"]
+    process = start_hooked(source, "--output", out, *flags, before=BOUND)
+    wait_until(lambda: len(files_below(out / "images")) >= 2, process)
     if trouble == "read-only":
-        # As a disk that the kernel has found faulty, after the run has begun.
-        remount("size=50m")
-        begun = denoise([tmp_path / "in" / "00.png"], out, checkpoint)
-        assert begun.within_budget
-        remount("ro")
-    with pytest.raises(DenoiseError, match=r"no space is left|is read-only"):
-        denoise(tmp_path / "in", out, checkpoint)
-    remount("rw,size=50m")
+        # Refused as long as a file is being written.
+        wait_until(lambda: remount("ro"), process)
+    if trouble == "forbidden":
+        (out / "images").chmod(0o500)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, text
+    (told,) = [line for line in text.splitlines() if sentence in line]
+    assert told.startswith("Error: the work stopped: ")
+    assert told.endswith("Finished images are safe, the same command goes on with the rest.")
+    assert "Traceback" not in text
+    assert "UDF" not in text
+    assert remount("rw,size=50m")
+    (out / "images").chmod(0o700)
     assert sorted(files_below(out / "images")) != [f"{name}.png" for name in names]
-    outcome = denoise(tmp_path / "in", out, checkpoint)
-    assert outcome.within_budget
+    # Where the lock could not be taken away, it is dead in a minute.
+    (out / ".denoise/lock.json").unlink(missing_ok=True)
+    assert denoise(source, out, checkpoint).within_budget
     rows = rows_of(out)
     assert sorted(row["status"] for row in rows) == ["ok"] * len(names)
     for row in rows:
-        assert decode(Path(row["output_uri"]).read_bytes(), name="out").pixels.shape == (
-            240,
-            320,
-            3,
-        )
+        pixels = decode(Path(row["output_uri"]).read_bytes(), name="out").pixels
+        assert pixels.shape == (240, 320, 3)
 
 
 def test_sigkill_of_everything_loses_only_what_is_in_flight(
@@ -295,18 +324,14 @@ def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -
     assert not (out / "_SUCCESS").exists()
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may read everything"
-)
+@pytest.mark.skipif(os.geteuid() == 0 and not BOUND, reason="root may read everything")
 def test_a_terminal_shows_a_bar_and_why_a_file_could_not_be_read(
     checkpoint: str, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     write_pngs(source, "one", "two", "secret")
     (source / "secret.png").chmod(0)
-    rights = "-dac_override,-dac_read_search"
-    bounds = ["setpriv", f"--bounding-set={rights}"] if os.geteuid() == 0 else []
-    command = [*bounds, sys.executable, "-m", "jobs.denoise", source, "--output", out]
+    command = [*BOUND, sys.executable, "-m", "jobs.denoise", source, "--output", out]
     terminal, end = pty.openpty()
     process = subprocess.Popen(
         [*map(str, command), "--model", checkpoint],

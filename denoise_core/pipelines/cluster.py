@@ -277,7 +277,9 @@ def stopped(
     """
     told = _run_failed(error)
     if told is not None:
-        return RunFailed(f"{what} stopped: {told}.")
+        # Ray Data puts its advice on retries behind it.
+        reason = str(told).partition("\nFailed to ")[0]
+        return RunFailed(f"{what} stopped: {reason}.")
     uri = join(output, ".denoise", f"trace-{run_id}.txt")
     reason = _last_error(str(error)) or type(error).__name__
     if isinstance(error, ExecutionTimeoutError):
