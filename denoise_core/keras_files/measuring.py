@@ -24,6 +24,7 @@ from denoise_core.errors import CheckpointError
 from denoise_core.keras_files.loading import load_model
 from denoise_core.keras_files.reading import Description, describe
 from denoise_core.keras_files.receptive import Receptive, measure, smooth_picture
+from denoise_core.storage import cache_folder
 from denoise_core.tiling import round_up
 
 # A new way of measuring makes earlier figures void.
@@ -45,7 +46,7 @@ def figures_of(
     `tell` hears a sentence before a measurement begins.
     """
     text = f"{bounds[0]!r}:{bounds[1]!r}"
-    kept = _cache() / f"{digest}-{text.replace(':', '-')}-{MEASUREMENT}.json"
+    kept = cache_folder("keras") / f"{digest}-{text.replace(':', '-')}-{MEASUREMENT}.json"
     try:
         return _figures(kept.read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
@@ -87,11 +88,6 @@ def _figures(data: bytes) -> Figures:
     table = json.loads(data)
     names = ("total_stride", "default_halo", "exact_halo")
     return {**{name: int(table[name]) for name in names}, "notes": [str(n) for n in table["notes"]]}
-
-
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "denoise-jobs" / "keras"
 
 
 def _keep(path: Path, figures: Figures) -> None:

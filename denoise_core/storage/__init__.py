@@ -34,7 +34,7 @@ from denoise_core.storage.base import (
     path_problem,
     printable,
 )
-from denoise_core.storage.local import LocalStorage, to_path
+from denoise_core.storage.local import LocalStorage, cache_folder, to_path
 from denoise_core.storage.s3 import S3Storage
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Storage",
     "StorageOptions",
     "absolute",
+    "cache_folder",
     "expand",
     "is_bundle",
     "join",

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -207,6 +207,12 @@ def to_path(uri: str) -> str:
     if parts.netloc not in ("", "localhost"):
         raise UsageError(f"{uri}: got the host {parts.netloc}; expected file:///path")
     return unquote(parts.path)
+
+
+def cache_folder(name: str) -> Path:
+    """Return this user's folder for what can be fetched or made again."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "denoise-jobs" / name
 
 
 def _local_entry(uri: str, path: str, info: os.stat_result) -> Entry:
