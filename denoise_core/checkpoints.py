@@ -1,5 +1,5 @@
 """Checkpoints: a folder or a pair of files with weights (safetensors) and a JSON card, or a user's
-own Keras file.
+own Keras file; on this machine or on S3.
 
 `NAME.safetensors` holds arrays named `0000`, `0001`, ... in the order of the model's weights;
 `NAME.json`, the card, says everything else: architecture and arguments, halo, noise, data,
@@ -20,9 +20,17 @@ from typing import Any
 import numpy as np
 
 from denoise_core.config import nearest
-from denoise_core.errors import CheckpointError, UsageError
+from denoise_core.errors import CheckpointError, ObjectNotFound, UsageError
 from denoise_core.keras_files import is_keras_file, load_model, read_card
 from denoise_core.models import architecture
+from denoise_core.storage import (
+    LocalStorage,
+    StorageOptions,
+    absolute,
+    cache_folder,
+    join,
+    storage_for,
+)
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
 CARD_VERSION = 1
@@ -83,15 +91,19 @@ class Checkpoint:
 
         try:
             data = self.weights_path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != self.hash:
-                raise CheckpointError(
-                    f"{self.weights_path}: the weights do not have the card's SHA-256; "
-                    "the file is damaged or of another model."
-                )
+            self.check(data)
             tensors = load(data)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.weights_path}: cannot be read ({error}).") from error
         return [tensors[name].astype(np.float32) for name in sorted(tensors)]
+
+    def check(self, data: bytes) -> None:
+        """Raise CheckpointError for other bytes than those of the weights file."""
+        if hashlib.sha256(data).hexdigest() != self.hash:
+            raise CheckpointError(
+                f"{self.weights_path}: the weights do not have the card's SHA-256; "
+                "the file is damaged or of another model."
+            )
 
     def build(self, *, precision: str = "float32") -> Any:
         """Build the Keras model and set its weights. Raises CheckpointError."""
@@ -132,8 +144,8 @@ def shipped_names() -> list[str]:
 
 
 def absolute_name(name: str) -> str:
-    """Return the name of a shipped model as it is, a path to any other made absolute."""
-    return name if name in shipped_names() else os.path.abspath(name)
+    """Return the name of a shipped model or an S3 URI as it is, a path made absolute."""
+    return name if name in shipped_names() else absolute(name)
 
 
 def load_checkpoint(
@@ -142,14 +154,31 @@ def load_checkpoint(
     model_range: str = "auto",
     measure: bool = True,
     tell: Callable[[str], None] = lambda _: None,
+    sha256: str | None = None,
+    options: StorageOptions | None = None,
 ) -> Checkpoint:
     """Find a checkpoint by shipped name, folder, card or weights file, or a user's Keras file.
 
-    What follows `name` is of Keras files alone: 'LO:HI', the values that the model was trained on;
-    whether stride and halo are measured (some seconds, once for each file), which who has a
-    geometry does not need; and who is told when that begins. Raises UsageError where there is no
-    such model, CheckpointError where its card is damaged or a Keras file is refused.
+    All but the first may lie on S3, reached by `options`; what is loaded then is this machine's own
+    copy. With `sha256` a model of another hash is refused. The rest is of Keras files alone:
+    'LO:HI', the values that the model was trained on; whether stride and halo are measured (some
+    seconds, once for each file), which who has a geometry does not need; and who is told when that
+    begins. Raises UsageError where there is no such model, CheckpointError where it is damaged or
+    refused, StorageError where it cannot be reached.
     """
+    if name.startswith("s3://"):
+        found = _copy_from_s3(name, options, model_range=model_range, measure=measure, tell=tell)
+    else:
+        found = _find(name, model_range=model_range, measure=measure, tell=tell)
+    if sha256 is not None and found.hash != sha256:
+        raise CheckpointError(
+            f"--model {name}: its weights are not those that this run began with; wait until it is "
+            "no longer written, and have the same copy on all machines."
+        )
+    return found
+
+
+def _find(name: str, *, model_range: str, measure: bool, tell: Callable[[str], None]) -> Checkpoint:
     card_path = _card_path(name)
     if is_keras_file(name) and Path(name).is_file():
         card = read_card(Path(name), model_range=model_range, measure=measure, tell=tell)
@@ -168,6 +197,45 @@ def load_checkpoint(
         )
     card = _read_card(card_path)
     return Checkpoint(card.get("name", card_path.stem), card_path.with_suffix(".safetensors"), card)
+
+
+def _copy_from_s3(uri: str, options: StorageOptions | None, **keras: Any) -> Checkpoint:
+    """Copy what this machine does not have yet of a model, and load the copy.
+
+    Its folder is named by the hash of the Keras file or of the card, which holds the weights': so
+    processes may copy at once, and another model at the same URI is another copy.
+    """
+    storage, local = storage_for(uri, options), LocalStorage()
+    stem, _, ending = uri.rpartition(".")
+    source = uri
+    if not is_keras_file(uri):
+        ours = ending in ("json", "safetensors")
+        source = f"{stem}.json" if ours else join(uri, "model.json")
+    try:
+        data = storage.read(source)
+    except ObjectNotFound as error:
+        raise UsageError(
+            f"--model {uri!r}: neither a folder with model.json and model.safetensors nor a Keras "
+            f"file (.keras, .h5): {error}."
+        ) from error
+    root, _, file = source.rpartition("/")
+    folder = str(cache_folder("models") / hashlib.sha256(data).hexdigest())
+    path = join(folder, file)
+    if local.stat(path) is None or local.read(path) != data:
+        local.write(path, data)
+    try:
+        found = _find(path, **keras)
+        weights = found.weights_path
+        try:
+            found.check(local.read(str(weights)))
+        except (CheckpointError, ObjectNotFound):
+            data = storage.read(join(root, weights.name))
+            found.check(data)
+            local.write(str(weights), data)
+    except (CheckpointError, UsageError) as error:
+        # Said of the original, not of the copy.
+        raise type(error)(str(error).replace(folder, root)) from error
+    return found
 
 
 def _card_path(name: str) -> Path:

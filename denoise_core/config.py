@@ -131,9 +131,9 @@ class DenoiseConfig:
     output: str = setting(help="Folder or s3://bucket/prefix for images and reports.")
     model: str = setting(
         "auto",
-        "A shipped model's name, or the path of a checkpoint or of a Keras file (.keras, .h5); "
+        "A shipped model's name, or the path or URI of a checkpoint or a Keras file (.keras, .h5); "
         "auto: unet-s-photo for 8-bit pictures from cameras, unet-s for the rest.",
-        metavar="NAME|PATH",
+        metavar="NAME|PATH|URI",
     )
     model_range: str = setting(
         "auto",
@@ -369,7 +369,7 @@ class TrainConfig:
         metavar="M",
     )
     init: str | None = setting(
-        None, "Checkpoint to take the first weights from.", metavar="NAME|PATH"
+        None, "Checkpoint to take the first weights from.", metavar="NAME|PATH|URI"
     )
     precision: str = setting(
         "auto",
@@ -580,7 +580,10 @@ class EvaluateConfig:
     )
     output: str = setting(help="Folder or s3://bucket/prefix for figures, pictures and the page.")
     model: tuple[str, ...] = setting(
-        ("unet-s",), "Shipped names or paths of checkpoints.", metavar="NAME|PATH...", many=True
+        ("unet-s",),
+        "Shipped names, or paths or URIs of checkpoints.",
+        metavar="NAME|PATH|URI...",
+        many=True,
     )
     model_range: str = setting(
         "auto", "Black and white as the Keras files among them know it: 0:1.", metavar="LO:HI"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import builtins
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from denoise_core import checkpoints
-from denoise_core.checkpoints import load_checkpoint, save_checkpoint
-from denoise_core.errors import CheckpointError, UsageError
+from denoise_core.checkpoints import absolute_name, load_checkpoint, save_checkpoint
+from denoise_core.errors import AccessDenied, CheckpointError, ObjectNotFound, UsageError
 from denoise_core.models import build_model
+from denoise_core.storage import StorageOptions, cache_folder, storage_for
 
 ARGUMENTS = {"widths": [4, 6], "blocks": [1, 1], "channels": 3}
 CARD = {
@@ -224,3 +226,123 @@ def test_a_pickle_in_place_of_the_weights_is_refused(folder):
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(str(folder)).build()
     assert not (folder / "hacked").exists()
+
+
+# --- On S3 ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def best(s3_server, folder, tmp_path_factory, monkeypatch):
+    """The URI of a checkpoint on S3; what is copied from there goes to a folder of the test's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    uri = f"{s3_server.make_bucket()}/runs/one/best"
+    upload(uri, folder)
+    return uri
+
+
+def upload(uri, folder):
+    for path in folder.iterdir():
+        storage_for(uri).write(f"{uri}/{path.name}", path.read_bytes())
+
+
+def cached():
+    return sorted(path for path in cache_folder("models").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/model.json", "/model.safetensors"])
+def test_a_checkpoint_on_s3_is_the_same_as_on_disk(best, folder, ending):
+    here, there = load_checkpoint(str(folder)), load_checkpoint(f"{best}{ending}")
+    assert (there.name, there.card) == (here.name, here.card)
+    for got, expected in zip(there.build().get_weights(), here.weights(), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert absolute_name(f"{best}{ending}") == f"{best}{ending}"
+    assert cached() == [there.weights_path.with_suffix(".json"), there.weights_path]
+
+
+def test_a_checkpoint_is_looked_for_at_the_endpoint_of_the_settings(best, s3_server, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    options = StorageOptions(s3_endpoint=s3_server.endpoint)
+    assert load_checkpoint(best, options=options).name == "tiny"
+
+
+def test_what_is_missing_on_s3_is_named(best):
+    with pytest.raises(UsageError, match=rf"^--model '{best}/x': neither a folder .* NoSuchKey"):
+        load_checkpoint(f"{best}/x")
+    with pytest.raises(UsageError, match=r"/none\.keras: there is no such object .*\)\.$"):
+        load_checkpoint(f"{best}/none.keras")
+    with pytest.raises(UsageError, match="there is no such bucket"):
+        load_checkpoint("s3://no-such-bucket-here/best")
+    storage_for(best).delete(f"{best}/model.safetensors")
+    with pytest.raises(ObjectNotFound, match=rf"^{best}/model\.safetensors: there is no such obj"):
+        load_checkpoint(best)
+
+
+def test_wrong_keys_are_an_error_of_the_storage(best, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(AccessDenied, match=rf"^{best}/model\.json: access denied"):
+        load_checkpoint(best)
+
+
+def test_a_damaged_checkpoint_on_s3_is_named_by_its_uri_and_not_kept(best):
+    storage = storage_for(best)
+    storage.write(f"{best}/model.safetensors", b"damaged")
+    with pytest.raises(CheckpointError, match=rf"^{best}/model\.safetensors: .* SHA-256"):
+        load_checkpoint(best)
+    assert [path.name for path in cached()] == ["model.json"]
+    storage.write(f"{best}/model.json", b"{}")
+    with pytest.raises(CheckpointError, match=rf"^{best}/model\.json: the card lacks arch"):
+        load_checkpoint(best)
+
+
+def test_a_damaged_copy_is_fetched_again(best):
+    first = load_checkpoint(best)
+    first.weights_path.write_bytes(b"damaged")
+    assert len(load_checkpoint(best).weights()) == len(first.weights())
+
+
+def test_a_checkpoint_replaced_on_s3_is_another_and_refused_to_who_wants_the_first(
+    best, folder, weights
+):
+    first = load_checkpoint(best)
+    assert load_checkpoint(best, sha256=first.hash) == first
+    save_checkpoint(folder, [w + 1 for w in weights], CARD)
+    upload(best, folder)
+    with pytest.raises(CheckpointError, match=rf"^--model {best}: its weights are not those that"):
+        load_checkpoint(best, sha256=first.hash)
+    np.testing.assert_array_equal(load_checkpoint(best).weights()[0], weights[0] + 1)
+    np.testing.assert_array_equal(first.weights()[0], weights[0])
+
+
+def test_processes_may_fetch_a_checkpoint_at_once(best):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(load_checkpoint, [best] * 8))
+    assert len({each.weights_path for each in found}) == 1
+    assert [path.name for path in cached()] == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["..json", "%2e%2e%2fmodel.json", "..\\model.json"])
+def test_what_is_copied_from_s3_stays_in_its_folder(best, folder, name):
+    for ending in ("json", "safetensors"):
+        data = (folder / f"model.{ending}").read_bytes()
+        storage_for(best).write(f"{best}/{name.removesuffix('json')}{ending}", data)
+    checkpoint = load_checkpoint(f"{best}/{name}")
+    assert checkpoint.weights_path.parent.parent == cache_folder("models")
+    assert len(checkpoint.weights_path.parent.name) == 64
+    assert len(cached()) == 2
+
+
+def test_a_keras_file_on_s3_is_the_same_as_on_disk(best, tmp_path):
+    import keras
+
+    noisy = keras.Input((None, None, 1))
+    path = tmp_path / "mine.keras"
+    keras.Model(noisy, keras.layers.Conv2D(1, 3, padding="same")(noisy)).save(path)
+    uri = f"{best}/mine.keras"
+    storage_for(best).write(uri, path.read_bytes())
+    here = load_checkpoint(str(path), measure=False)
+    there = load_checkpoint(uri, measure=False, sha256=here.hash)
+    assert (there.name, there.card) == (here.name, here.card)
+    np.testing.assert_array_equal(there.weights()[0], here.weights()[0])
+    storage_for(best).write(uri, b"no model")
+    with pytest.raises(CheckpointError, match=rf"^{uri}: "):
+        load_checkpoint(uri)
