@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import imagecodecs
 import pytest
 from click.testing import CliRunner
 from conftest import S3Server, free_port
-from helpers import as_dtype, by_name, denoise, files_below, picture
+from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture
 
+from denoise_core.config import DenoiseConfig
+from denoise_core.errors import RunFailed
 from denoise_core.pipelines import denoise as pipeline
 from denoise_core.storage import StorageOptions, join, storage_for
 from jobs.denoise import main
@@ -47,6 +50,27 @@ def test_bucket_to_bucket_and_no_secret_anywhere(
         data = (local / name).read_bytes()
         assert s3_server.secret_key.encode() not in data, name
         assert s3_server.access_key.encode() not in data, name
+
+
+def test_a_model_replaced_on_s3_meanwhile_ends_the_run_with_a_sentence(
+    ray_session: None, s3_server: S3Server, tmp_path: Path
+) -> None:
+    bucket = s3_server.make_bucket()
+    upload(join(bucket, "in/a.png"))
+    model = join(bucket, "best")
+
+    def put(seed: int) -> None:
+        folder = Path(make_checkpoint(tmp_path / str(seed), seed=seed))
+        for name in ("model.safetensors", "model.json"):
+            storage_for(model).write(join(model, name), (folder / name).read_bytes())
+
+    put(0)
+    config = DenoiseConfig(
+        inputs=(join(bucket, "in"),), output=str(tmp_path / "out"), model=model, actors="1"
+    )
+    sentence = f"the work stopped: --model {model}: its weights are not those that this run began "
+    with pytest.raises(RunFailed, match=f"^{re.escape(sentence)}.* on all machines. Finished "):
+        pipeline.run_denoising(config, watcher=pipeline.Watcher(), start_ray=lambda: put(1))
 
 
 def call(*arguments: Any) -> tuple[int, str]:

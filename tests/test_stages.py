@@ -16,7 +16,7 @@ from helpers import as_dtype, files_below, picture
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
-from denoise_core.errors import RunFailed
+from denoise_core.errors import CheckpointError
 from denoise_core.images import ImageHeader, ImageMetadata
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead
 from denoise_core.pipelines.denoise import _Run
@@ -111,7 +111,7 @@ def test_an_actor_refuses_other_weights_than_the_runs(checkpoint: str, tmp_path:
     actor = Denoise.__new__(Denoise)
     actor.job = job_of(tmp_path, models=(Model(checkpoint, "tiny", "0" * 64, 0.0),))
     actor.denoisers = {}
-    with pytest.raises(RunFailed, match="its weights are not those that this run began with"):
+    with pytest.raises(CheckpointError, match="its weights are not those that this run began with"):
         actor._denoiser(checkpoint)
 
 

@@ -272,14 +272,14 @@ def stopped(
 ) -> RunFailed:
     """Return one sentence for the user; the trace goes to a file for whoever mends it.
 
-    What a worker raised as RunFailed says enough. `what` is what stopped, such as 'the work';
-    `patience_s` that of `set_data_context`.
+    What a worker raised as RunFailed, or an actor on purpose as it began, says enough. `what` is
+    what stopped, such as 'the work'; `patience_s` that of `set_data_context`.
     """
-    told = _run_failed(error)
+    told = _run_failed(error) or _refused_to_begin(error)
     if told is not None:
         # Ray Data puts its advice on retries behind it.
         reason = str(told).partition("\nFailed to ")[0]
-        return RunFailed(f"{what} stopped: {reason}.")
+        return RunFailed(f"{what} stopped: {reason.removesuffix('.')}.")
     uri = join(output, ".denoise", f"trace-{run_id}.txt")
     reason = _last_error(str(error)) or type(error).__name__
     if isinstance(error, ExecutionTimeoutError):
@@ -302,6 +302,12 @@ def _last_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Killed): ", line)]
     return (named or lines or [""])[-1]
+
+
+def _refused_to_begin(error: BaseException) -> str | None:
+    """Return the sentence of an actor that could not load its model; Ray keeps only its trace."""
+    said = re.findall(r"^denoise_core\.errors\.\w+: (.+)$", str(error), re.MULTILINE)
+    return said[-1] if said and "raised in its creation task" in str(error) else None
 
 
 def _run_failed(error: BaseException | None) -> RunFailed | None:

@@ -113,7 +113,7 @@ def run_denoising(
     """
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
     checkpoints = [
-        load_checkpoint(name, model_range=config.model_range, tell=watcher.note)
+        load_checkpoint(name, model_range=config.model_range, tell=watcher.note, options=options)
         for name in candidates(config)
     ]
     config, geometry = resolve(config, checkpoints[0])

@@ -582,12 +582,13 @@ class Denoise:
         if name not in self.denoisers:
             config = self.job.config
             # A user's Keras file: stride and halo are in the geometry, measured by the driver.
-            checkpoint = load_checkpoint(name, model_range=config.model_range, measure=False)
-            if checkpoint.hash != {model.name: model.hash for model in self.job.models}[name]:
-                raise RunFailed(
-                    f"--model {name}: its weights are not those that this run began with; wait "
-                    "until it is no longer written, and have the same copy on all machines."
-                )
+            checkpoint = load_checkpoint(
+                name,
+                model_range=config.model_range,
+                measure=False,
+                sha256={model.name: model.hash for model in self.job.models}[name],
+                options=self.job.options,
+            )
             denoiser = Denoiser(
                 checkpoint,
                 geometry=self.job.geometry,
