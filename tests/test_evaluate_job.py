@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def test_idx_on_s3_by_the_command(
     write_idx(folder / "t-images-idx3-ubyte.gz", as_dtype(digits, "uint8"))
     write_idx(folder / "t-labels-idx1-ubyte.gz", np.arange(12) % 3)
     (folder / "broken.png").write_bytes(b"not an image")
-    words = [f"{bucket}/in", "--output", f"{bucket}/out", "--model", checkpoint]
+    shutil.copytree(checkpoint, folder.parent / "best")
+    words = [f"{bucket}/in", "--output", f"{bucket}/out", "--model", f"{bucket}/best"]
     words += ["--noise", "gaussian:25", "factor:0.5", "--baselines", "none"]
     done = CliRunner().invoke(evaluate.main, words)
     assert done.exit_code == 3, done.output

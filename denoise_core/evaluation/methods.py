@@ -21,6 +21,7 @@ from denoise_core.denoiser import DEFAULT_PATCH, Denoiser, Geometry, resolve_geo
 from denoise_core.errors import UsageError
 from denoise_core.keras_files import is_keras_file
 from denoise_core.models.classical import CLASSICAL
+from denoise_core.storage import StorageOptions
 
 Array = npt.NDArray[Any]
 
@@ -70,20 +71,20 @@ def choose_filters(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [IDENTITY, *chosen], absent
 
 
-def find_model(path: str, *, model_range: str, measure: bool = True) -> Checkpoint:
-    """Load a checkpoint; `model_range` and `measure` are of Keras files alone."""
-    return load_checkpoint(
-        path, model_range=model_range if is_keras_file(path) else "auto", measure=measure
-    )
+def find_model(path: str, *, model_range: str, **more: Any) -> Checkpoint:
+    """Load a checkpoint; `model_range` is of Keras files alone, `more` as `load_checkpoint` has."""
+    return load_checkpoint(path, model_range=model_range if is_keras_file(path) else "auto", **more)
 
 
-def label_models(paths: Sequence[str], *, model_range: str = "auto") -> list[ModelSource]:
+def label_models(
+    paths: Sequence[str], *, model_range: str = "auto", options: StorageOptions | None = None
+) -> list[ModelSource]:
     """Return the models with labels that differ: their names, or else their paths.
 
     Raises UsageError for an unknown model or one that is given twice, CheckpointError for a damaged
     one.
     """
-    found = [(path, find_model(path, model_range=model_range)) for path in paths]
+    found = [(path, find_model(path, model_range=model_range, options=options)) for path in paths]
     names = [checkpoint.name for _, checkpoint in found]
     models = [
         ModelSource(
@@ -112,8 +113,14 @@ def run_filter(name: str, noisy: Array, sigma: float) -> Array:
 class Model:
     """A loaded model, and its encoder where it has a layer named `latent`."""
 
-    def __init__(self, source: ModelSource, *, precision: str) -> None:
-        checkpoint = find_model(source.path, model_range=source.model_range, measure=False)
+    def __init__(self, source: ModelSource, *, precision: str, options: StorageOptions) -> None:
+        checkpoint = find_model(
+            source.path,
+            model_range=source.model_range,
+            measure=False,
+            sha256=source.hash,
+            options=options,
+        )
         self.source = source
         self.denoiser = Denoiser(checkpoint, geometry=source.geometry, precision=precision)
         self.denoiser.warm_up()

@@ -93,9 +93,10 @@ def run_evaluation(
 
 def resolve(config: EvaluateConfig) -> EvaluateConfig:
     """Return settings with absolute paths. Raises UsageError, CheckpointError for a model."""
+    options = StorageOptions(s3_endpoint=config.s3_endpoint)
     for name in config.model:
         # First, so that the sentence about an unknown one has the words that were typed.
-        find_model(name, model_range=config.model_range)
+        find_model(name, model_range=config.model_range, options=options)
     return replace(
         config,
         data=tuple(map(absolute, config.data)),
@@ -116,11 +117,13 @@ def make_plan(config: EvaluateConfig, watcher: Watcher) -> Plan:
         watcher.note(
             f"Left out {', '.join(absent)}: not installed; pip install 'denoise-jobs[benchmark]'."
         )
+    options = StorageOptions(s3_endpoint=config.s3_endpoint)
+    models = label_models(config.model, model_range=config.model_range, options=options)
     return Plan(
         config=config,
         run_id=new_run_id(),
-        options=StorageOptions(s3_endpoint=config.s3_endpoint),
-        models=tuple(label_models(config.model, model_range=config.model_range)),
+        options=options,
+        models=tuple(models),
         filters=tuple(filters),
         noises=noises,
     )

@@ -234,7 +234,10 @@ class RunModels:
 
         configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.prepare(plan)
-        self.models = [Model(source, precision=plan.config.precision) for source in plan.models]
+        self.models = [
+            Model(source, precision=plan.config.precision, options=plan.options)
+            for source in plan.models
+        ]
 
     def prepare(self, plan: Plan) -> None:
         """Make all but the models."""
