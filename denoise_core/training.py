@@ -175,11 +175,15 @@ def steps_of_epoch(preset: Preset, data: TrainingData) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to train with: settings with a length and whole paths, the recipe, the data's index."""
+    """What to train with: settings with a length and whole paths, the recipe, the data's index.
+
+    `init_hash` is that of the checkpoint that `config.init` names.
+    """
 
     config: TrainConfig
     preset: Preset
     data: TrainingData
+    init_hash: str | None = None
 
 
 def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
@@ -187,8 +191,10 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
 
     `preset` takes the place of the one that `config` names. Raises UsageError, CheckpointError.
     """
+    options = StorageOptions(s3_endpoint=config.s3_endpoint)
+    init = None
     if config.init is not None:
-        load_checkpoint(config.init)
+        init = load_checkpoint(config.init, options=options).hash
     config = with_absolute_paths(config)
     recipe = adapt(config, preset or find_preset(config.preset))
     for stage in recipe.stages:
@@ -200,7 +206,7 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
     if config.export is not None:
         check_export(config.export)
     history = join(config.output, HISTORY)
-    storage = storage_for(config.output, StorageOptions(s3_endpoint=config.s3_endpoint))
+    storage = storage_for(config.output, options)
     if storage.stat(history) is not None:
         if not config.resume:
             raise UsageError(
@@ -210,7 +216,7 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
         if storage.stat(settings) is not None:
             _require_same(json.loads(storage.read(settings)), as_dict(config))
     data = TrainingData.index(config, recipe)
-    return Plan(with_length(config, recipe, data), recipe, data)
+    return Plan(with_length(config, recipe, data), recipe, data, init)
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:

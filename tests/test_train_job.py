@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from helpers import by_name, denoise
 from PIL import Image
 from tiny_training import TINY, kill_all, start_tiny
 
-from denoise_core.checkpoints import load_checkpoint
+from denoise_core.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, DenoiseError, OutputLocked, RunFailed, UsageError
 from denoise_core.lock import output_lock
+from denoise_core.models import build_model
 from denoise_core.storage import LocalStorage, storage_for
 from denoise_core.training import prepare
 from jobs.train import Display
@@ -333,30 +336,63 @@ def test_two_workers_one_killed_on_the_way_follow_the_curve_of_one(data, tmp_pat
         )
 
 
+def tiny_checkpoint(folder: Path) -> Checkpoint:
+    """Write a checkpoint of TINY's architecture with random weights."""
+    rng = np.random.default_rng(0)
+    model = build_model(TINY.architecture, **TINY.arguments)
+    weights = [rng.normal(0, 0.1, each.shape) for each in model.get_weights()]
+    card = {"architecture": TINY.architecture, "arguments": TINY.arguments}
+    return save_checkpoint(
+        folder, weights, {**card, "total_stride": 2, "default_halo": 8, "exact_halo": 12}
+    )
+
+
 @pytest.mark.ray
-def test_data_and_run_may_lie_on_s3(ray_session, s3_server, data, tmp_path):
+def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_path, capsys):
     from denoise_core.pipelines.train import run_training
 
     root = s3_server.make_bucket()
     storage = storage_for(root)
-    for path in sorted(data.iterdir()):
-        storage.write(f"{root}/photos/{path.name}", path.read_bytes())
+    first = tiny_checkpoint(tmp_path / "first")
+    for path in (*sorted(data.iterdir()), *(tmp_path / "first").iterdir()):
+        folder = "photos" if path.suffix == ".png" else "first"
+        storage.write(f"{root}/{folder}/{path.name}", path.read_bytes())
     output = f"{root}/runs/one"
     config = TrainConfig(
-        data=(f"{root}/photos",), output=output, steps=6, validate_steps=3, threads=1
-    )
-    rows: list[dict[str, float]] = []
-    assert run_training(prepare(config, TINY), show=rows.append) == f"{output}/best"
-    assert [row["step"] for row in rows if not row.get("tick")] == [3, 6]
+        data=(f"{root}/photos",), output=output, init=f"{root}/first", steps=6, validate_steps=3,
+        learning_rate=1e-9, export="savedmodel", threads=1, progress="plain",
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    display = Display(config)
+
+    def show(row: dict[str, Any]) -> None:
+        rows.append(row)
+        display.show(row)
+
+    best = run_training(prepare(config, TINY), show=show)
+    assert best == f"{output}/best"
+    display.finish(best)
+    *_, exported, last = capsys.readouterr().out.splitlines()
+    assert [row["step"] for row in rows if "step" in row and not row.get("tick")] == [3, 6]
+    assert exported.startswith(f"Exported to {output}/export/unet-s; run beside the model it ")
     names = {entry.path for entry in storage.list(output)}
     assert names >= {
         "train.json", "history.csv", "best/model.json", "best/model.safetensors", "curves.png",
-        "samples/step-0000006.png",
+        "samples/step-0000006.png", "export/unet-s/saved_model.pb",
     }  # fmt: skip
     assert any(name.startswith("ray/run/checkpoint_") for name in names)
+    made = load_checkpoint(best)
+    for got, expected in zip(made.weights(), first.weights(), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    model = last.partition(" --model ")[2]
+    assert model == best
+    outcome = denoise(f"{root}/photos", tmp_path / "out", model, copy_below="0")
+    assert (outcome.totals.ok, outcome.totals.failed) == (6, 0)
+    assert {row["model_hash"] for row in by_name(tmp_path / "out").values()} == {made.hash}
     for name in ("model.json", "model.safetensors"):
         (tmp_path / name).write_bytes(storage.read(f"{output}/best/{name}"))
-    assert load_checkpoint(str(tmp_path)).build().count_params() > 0
+    again = denoise(f"{root}/photos", tmp_path / "out", str(tmp_path), copy_below="0")
+    assert (again.totals.to_do, again.totals.skipped) == (0, 6)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def _ray_trainer(plan: Plan, mail: Queue) -> TensorflowTrainer:
             "preset": plan.preset,
             "data": ray.put(plan.data),
             "mail": mail,
+            "init_hash": plan.init_hash,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
@@ -335,7 +336,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     data = ray.get(arguments["data"])
     try:
         try:
-            _train(config, arguments["preset"], data, arguments["mail"])
+            _train(config, arguments["preset"], data, arguments["mail"], arguments["init_hash"])
         except OSError as error:
             raise _disk_error(error) from error
         except StorageError as error:
@@ -362,20 +363,26 @@ def _disk_error(error: OSError) -> RunFailed:
     )
 
 
-def _train(config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue) -> None:
+def _train(
+    config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue, init_hash: str | None
+) -> None:
     from denoise_core.devices import choose_precision, configure_tensorflow
 
     tf = configure_tensorflow(threads=config.threads, use_gpu=config.gpus_per_worker > 0)
     rank = ray.train.get_context().get_world_rank()
     precision = choose_precision(config.precision, tf)
     ray_stream = RayStream(data.training, config, preset, rank=rank)
+    initial = None
+    if config.init:
+        options = StorageOptions(s3_endpoint=config.s3_endpoint)
+        initial = load_checkpoint(config.init, sha256=init_hash, options=options).weights()
     trainer = Trainer(
         config,
         preset,
         data,
         rank=rank,
         precision=precision,
-        initial=load_checkpoint(config.init).weights() if config.init else None,
+        initial=initial,
         source=ray_stream if config.input == "ray" else None,
     )
     take_up(trainer, ray.train.get_checkpoint(), mail=mail)
