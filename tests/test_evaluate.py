@@ -20,12 +20,20 @@ from browsing import browser_test, resize
 from click.testing import CliRunner
 from helpers import as_dtype, make_checkpoint, picture
 
+from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import UnsupportedImage, UsageError
 from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
-from denoise_core.evaluation.methods import ModelSource, choose_filters, fit, label_models
+from denoise_core.evaluation.methods import (
+    Coder,
+    ModelSource,
+    choose_filters,
+    encoder_of,
+    fit,
+    label_models,
+)
 from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
 from denoise_core.metrics import psnr
@@ -458,6 +466,70 @@ def test_fit_takes_the_centre_and_mirrors_what_is_missing():
     wide = fit(image, 5, 8)
     assert wide.shape == (5, 8, 1)
     np.testing.assert_array_equal(wide[0, :, 0], [0, 0, 1, 2, 3, 4, 4, 3])
+
+
+def gated() -> Any:
+    """Free sizes, a code of four channels, and a gate beside it that has fewer values."""
+    import keras
+    from keras import layers
+
+    noisy = keras.Input((None, None, 3))
+    x = layers.Conv2D(8, 3, strides=4, padding="same", activation="relu")(noisy)
+    x = layers.Conv2D(4, 3, padding="same", name="narrow")(x)
+    gate = layers.Dense(4)(layers.GlobalAveragePooling2D(keepdims=True)(x))
+    x = layers.Multiply()([x, gate])
+    return keras.Model(noisy, layers.Conv2DTranspose(3, 4, strides=4)(x))
+
+
+def nested() -> Any:
+    """A dense autoencoder as the only layer of another model."""
+    import keras
+    from keras import layers
+
+    inner = [layers.Flatten(), layers.Dense(16, name="narrow"), layers.ReLU(), layers.Dense(784)]
+    noisy = keras.Input((28, 28, 1))
+    flat = keras.Sequential([keras.Input((28, 28)), *inner])(layers.Reshape((28, 28))(noisy))
+    return keras.Model(noisy, layers.Reshape((28, 28, 1))(flat))
+
+
+def residual(width: int) -> Any:
+    """A level below, round which a skip goes, and the noise taken from the image."""
+    import keras
+    from keras import layers
+
+    noisy = keras.Input((None, None, 3))
+    x = layers.Conv2D(6, 3, padding="same")(noisy)
+    deep = layers.Conv2D(width, 2, strides=2, name="narrow")(x)
+    x = layers.Add()([x, layers.Conv2DTranspose(6, 2, strides=2)(deep)])
+    return keras.Model(noisy, layers.Subtract()([noisy, layers.Conv2D(3, 1)(x)]))
+
+
+@pytest.mark.parametrize("build", [gated, nested, lambda: residual(11)])
+def test_the_bottleneck_of_a_users_model_is_found(build: Any):
+    model = build()
+    encoder = encoder_of(model, stride=4)
+    assert encoder.layers[-1].name == "narrow"
+    assert encoder.output.shape[-1] in (4, 16, 11)
+
+
+def test_a_model_that_never_narrows_has_no_code(tmp_path: Path):
+    residual(12).save(tmp_path / "wide.keras")
+    checkpoint = load_checkpoint(str(tmp_path / "wide.keras"), measure=False)
+    assert Coder.of(checkpoint, stride=2) is None
+
+
+def test_a_users_model_codes_images_in_its_own_range(tmp_path: Path):
+    import keras
+
+    model = gated()
+    model.save(tmp_path / "mine.keras")
+    checkpoint = load_checkpoint(str(tmp_path / "mine.keras"), model_range="0:255", measure=False)
+    coder = Coder.of(checkpoint, stride=4)
+    noisy = picture(30, 33, 3)
+    expected = keras.Model(model.inputs[0], model.get_layer("narrow").output)(
+        255 * fit(noisy, 32, 36)[None]
+    )
+    np.testing.assert_allclose(coder.code(noisy), np.mean(expected, (0, 1, 2)), rtol=1e-3)
 
 
 def test_ends_keep_the_ten_best_and_the_ten_worst_whatever_the_order():

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import S3Server
-from helpers import as_dtype, files_below, make_checkpoint, picture
+from helpers import as_dtype, files_below, make_checkpoint, make_keras_file, picture
 from test_evaluate import write_idx
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
@@ -48,7 +48,9 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-def test_a_model_without_residual_is_the_identity(checkpoint: str, tmp_path: Path) -> None:
+def test_a_model_without_residual_is_the_identity(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = {
         "colour.png": as_dtype(picture(80, 70, 3, sigma=0), "uint8"),
         "grey.png": as_dtype(picture(64, 90, 1, seed=1, sigma=0), "uint8"),
@@ -60,24 +62,33 @@ def test_a_model_without_residual_is_the_identity(checkpoint: str, tmp_path: Pat
     config = EvaluateConfig(
         data=(str(tmp_path / "in"),),
         output=str(tmp_path / "out"),
-        model=(without_residual(tmp_path), checkpoint),
+        model=(
+            without_residual(tmp_path),
+            checkpoint,
+            make_keras_file(tmp_path / "mine.keras", monkeypatch),
+        ),
+        model_range="0:255",
         noise=("gaussian:15", "gaussian:25", "speckle:20"),
         baselines=("median",),
     )
     outcome = run_evaluation(config, watcher=Watcher())
     rows = {(r["image"], r["method"], r["noise"]): r for r in rows_of(tmp_path / "out")}
-    assert len(rows) == 4 * 4 * 3
+    assert len(rows) == 4 * 5 * 3
     for (image, method, noise), found in rows.items():
         if method == "zero":
             identity = rows[image, "identity", noise]
             for name in ("mse", "psnr", "ssim"):
                 assert found[name] == identity[name], (image, noise)
+        if method == "mine.keras":
+            # In a range of 0:1 all would be black.
+            assert found["psnr"] > rows[image, "identity", noise]["psnr"] - 1
     check_known_figures(rows, images["colour.png"], checkpoint)
     assert rows["tiny.png", "zero", "gaussian:25"]["ssim"] is None
     results = [each for each in outcome.summary["results"] if each["method"] == "zero"]
     assert [each["gain"]["mean"] for each in results] == [0, 0, 0]
     assert {
         "latent-tiny-0.png",
+        "latent-mine.keras.png",
         "worst-zero-gaussian-25.png",
         "best-tiny-0-gaussian-25.png",
     } <= set(files_below(tmp_path / "out" / "pictures"))

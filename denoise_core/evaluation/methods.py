@@ -8,6 +8,7 @@ filter sees one image and the sigma of its noise.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def run_filter(name: str, noisy: Array, sigma: float) -> Array:
 
 
 class Model:
-    """A loaded model, and its encoder where it has a layer named `latent`."""
+    """A loaded model, and its encoder where it has a bottleneck."""
 
     def __init__(self, source: ModelSource, *, precision: str, options: StorageOptions) -> None:
         checkpoint = find_model(
@@ -132,7 +133,7 @@ class Model:
 
 
 class Coder:
-    """The part of a model up to its layer `latent`: images to vectors."""
+    """The part of a model up to its bottleneck: images to vectors."""
 
     def __init__(
         self, encoder: Callable[[Array], Any], card: dict[str, Any], *, stride: int
@@ -147,16 +148,15 @@ class Coder:
 
     @staticmethod
     def of(checkpoint: Checkpoint, *, stride: int) -> Coder | None:
-        """Build it; None for a model without such a layer."""
-        import keras
+        """Build it; None for a model without a bottleneck."""
         import tensorflow as tf
 
         model = checkpoint.build()
-        if LATENT not in {layer.name for layer in model.layers}:
+        encoder = encoder_of(model, stride=stride)
+        if encoder is None:
             return None
-        encoder = keras.Model(model.inputs[0], model.get_layer(LATENT).output)
         # Traced once for all sizes: called eagerly, a small model takes 20 ms for a digit.
-        shape = tf.TensorSpec((None, None, None, model.inputs[0].shape[-1]), tf.float32)
+        shape = tf.TensorSpec((None, *model.inputs[0].shape[1:]), tf.float32)
         traced = tf.function(lambda x: encoder(x, training=False), input_signature=[shape])
         return Coder(traced, checkpoint.card, stride=stride)
 
@@ -179,6 +179,52 @@ class Coder:
         wanted = min(length, CODE_SIDE)
         # Rounded up for small images, so that nothing of a 28x28 digit is cut away.
         return -(-wanted // self.stride) * self.stride
+
+
+def encoder_of(model: Any, *, stride: int) -> Any | None:
+    """Return a Keras model up to its bottleneck; None where nothing in it is smaller than an image.
+
+    The bottleneck is the layer `latent`. Without one it is what has the fewest values for an image:
+    of all that every path from input to output crosses, or, where skips go round all that is small,
+    of all layers.
+    """
+    import keras
+
+    if LATENT in {layer.name for layer in model.layers}:
+        return keras.Model(model.inputs[0], model.get_layer(LATENT).output)
+    given = keras.Input(model.inputs[0].shape[1:])
+    found = [given]
+    crossed = {id(given): {0}}  # by every path to a tensor: places in `found`
+
+    def walk(inner: Any, x: Any) -> None:
+        """Call all layers of a model on `x`, its output last."""
+        keras.models.clone_model(
+            keras.Model(inner.inputs, inner.outputs),
+            input_tensors=[x],
+            clone_function=lambda layer: layer,
+            call_function=call,
+        )
+
+    def call(layer: Any, *inputs: Any, **more: Any) -> Any:
+        if isinstance(layer, keras.Model) and len(layer.inputs) == len(layer.outputs) == 1:
+            walk(layer, inputs[0])
+            return found[-1]
+        before = [crossed[id(x)] for x in keras.tree.flatten((inputs, more)) if id(x) in crossed]
+        output = layer(*inputs, **more)
+        for tensor in keras.tree.flatten(output):
+            crossed[id(tensor)] = {len(found)}.union(set.intersection(*before))
+            found.append(tensor)
+        return output
+
+    walk(model, given)
+    sides = [side or -(-CODE_SIDE // stride) * stride for side in given.shape[1:3]]
+    shapes = keras.Model(given, found).compute_output_shape((1, *sides, given.shape[-1]))
+    sizes = [math.prod(shape) for shape in shapes]
+    smaller = [place for place, size in enumerate(sizes) if size < sizes[0]]
+    if not smaller:
+        return None
+    last = crossed[id(found[-1])]
+    return keras.Model(given, found[min(smaller, key=lambda at: (at not in last, sizes[at]))])
 
 
 def fit(image: Array, height: int, width: int) -> Array:
