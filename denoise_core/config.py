@@ -42,6 +42,12 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def model_range_setting() -> Any:
+    """Declare the setting `model_range`, as every job with a model has it."""
+    text = "Black and white as a Keras file's model was trained on them; auto: 0:1."
+    return setting("auto", text, metavar="LO:HI")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ' Did you mean X?' for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -135,11 +141,7 @@ class DenoiseConfig:
         "auto: unet-s-photo for 8-bit pictures from cameras, unet-s for the rest.",
         metavar="NAME|PATH|URI",
     )
-    model_range: str = setting(
-        "auto",
-        "Black and white as a Keras file's model was trained on them; auto: 0:1.",
-        metavar="LO:HI",
-    )
+    model_range: str = model_range_setting()
     reference: str | None = setting(
         None, "Clean images under the same relative paths; adds PSNR, SSIM and MSE.", metavar="URI"
     )
@@ -585,9 +587,7 @@ class EvaluateConfig:
         metavar="NAME|PATH|URI...",
         many=True,
     )
-    model_range: str = setting(
-        "auto", "Black and white as the Keras files among them know it: 0:1.", metavar="LO:HI"
-    )
+    model_range: str = model_range_setting()
     noise: tuple[str, ...] = setting(
         (),
         "Noise added to clean images, each measured by itself; default: gaussian:25.",

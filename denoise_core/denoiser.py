@@ -194,7 +194,7 @@ class Denoiser:
             self._most = 1
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._channels = int(checkpoint.card["arguments"].get("channels", 3))
-        model = _in_unit_range(checkpoint.build(precision=self.precision), checkpoint.card)
+        model = in_unit_range(checkpoint.build(precision=self.precision), checkpoint.card)
         sides = self.geometry.input_size or (None, None)
         shape = tf.TensorSpec((None, *sides, self._channels), tf.float32)
         self._model = tf.function(model, input_signature=[shape])
@@ -305,7 +305,7 @@ def _untouched(part: Part) -> Array:
     return to_dtype(core, part.dtype, part.low, part.high).copy()
 
 
-def _in_unit_range(model: Any, card: dict[str, Any]) -> Callable[[Any], Any]:
+def in_unit_range(model: Any, card: dict[str, Any]) -> Callable[[Any], Any]:
     """Return the model as a function of values in [0, 1], whatever range it was trained on."""
     low, high = card.get("data_range") or (0.0, 1.0)
     if (low, high) == (0.0, 1.0):

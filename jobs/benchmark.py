@@ -35,6 +35,7 @@ from denoise_core.benchmarks import (
     join_results,
     write_result,
 )
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.quality import split_words
 from denoise_core.benchmarks.tables import machine_facts
 from denoise_core.config import setting
@@ -55,11 +56,10 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AllConfig:
+class AllConfig(ModelConfig):
     """Settings of `jobs.benchmark all`; the rest as the single ones have it."""
 
     output: str = setting(help="Folder for all tables.", metavar="DIR")
-    model: str = setting("unet-s", "A shipped model's name or a path.", metavar="NAME|PATH")
     data: str = setting(
         "", "Folders of clean 8-bit images, for quality and precision.", metavar="DIR[,DIR]"
     )
@@ -75,28 +75,20 @@ class AllConfig:
 
     def single(self) -> dict[str, Any]:
         """The settings of each benchmark."""
-        output, model = self.output, self.model
+        same: dict[str, Any] = {"output": self.output, **self.named}
+        first = next(iter(split_words(self.data)), None)
         return {
             "throughput": ThroughputConfig(
-                output=output,
-                model=model,
+                **same,
                 data=self.photos,
                 megapixels=self.megapixels,
                 bare_seconds=self.bare_seconds,
             ),
-            "quality": QualityConfig(
-                output=output, model=model, data=self.data, limit=self.limit, images=self.images
-            ),
-            "harm": HarmConfig(
-                output=output, model=model, data=next(iter(split_words(self.data)), None)
-            ),
-            "precision": PrecisionConfig(
-                output=output, model=model, data=next(iter(split_words(self.data)), None)
-            ),
-            "memory": MemoryConfig(
-                output=output, model=model, side=self.side, photos=self.photo_sizes
-            ),
-            "listing": ListingConfig(output=output, model=model, names=self.names, tree=self.tree),
+            "quality": QualityConfig(**same, data=self.data, limit=self.limit, images=self.images),
+            "harm": HarmConfig(**same, data=first),
+            "precision": PrecisionConfig(**same, data=first),
+            "memory": MemoryConfig(**same, side=self.side, photos=self.photo_sizes),
+            "listing": ListingConfig(**same, names=self.names, tree=self.tree),
         }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 from click.testing import CliRunner, Result
-from helpers import job_environment, make_checkpoint
+from helpers import job_environment, make_checkpoint, make_keras_file
 
 from denoise_core.benchmarks import (
     QualityConfig,
@@ -30,7 +30,7 @@ from denoise_core.benchmarks.processes import Moment, Process, Sampler, Watched,
 from denoise_core.benchmarks.tables import command_line, table
 from denoise_core.errors import RunFailed, UsageError
 from denoise_core.models.classical import CLASSICAL
-from jobs.benchmark import main
+from jobs.benchmark import AllConfig, main
 
 
 def run(*arguments: str) -> Result:
@@ -131,6 +131,44 @@ def test_quality_of_baselines(clean_folder: Path, checkpoint: str, tmp_path: Pat
     assert 20.1 < identity["psnr"] < 21.0
     assert tv["psnr"] > identity["psnr"]
     assert "PSNR of" in (tmp_path / "quality.md").read_text()
+
+
+def test_a_users_model_is_measured_in_its_own_range(
+    clean_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = make_keras_file(tmp_path / "mine.keras", monkeypatch)
+    same = ("quality", "--output", str(tmp_path), "--data", str(clean_folder), "--model", mine)
+    found = []
+    for words in (("--model-range", "0:255"), ()):
+        done = run(*same, "--sigma", "25", "--baselines", "identity", *words)
+        assert done.exit_code == 0, done.output
+        model, identity = read(tmp_path, "quality")["folders"][0]["figures"]
+        found.append(model["psnr"] - identity["psnr"])
+    assert found[0] > -1
+    assert found[1] < -5
+    each = AllConfig(output="x", model_range="0:255").single().values()
+    assert {config.model_range for config in each} == {"0:255"}
+
+
+@pytest.mark.ray
+def test_input_compares_streams_with_a_batch_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    (tmp_path / "digits").mkdir()
+    for number in range(4):
+        Image.new("L", (28, 28), 60 * number).save(tmp_path / "digits" / f"{number}.png")
+    done = run(
+        *("input", "--output", str(tmp_path), "--data", str(tmp_path / "digits")),
+        *("--preset", "mnist-latent16", "--steps", "3", "--warm", "2"),
+    )
+    assert done.exit_code == 0, done.output
+    rates = read(tmp_path, "input")["steps_per_s"]
+    assert set(rates) == {"memory", "ray", "thread"}
+    assert min(rates.values()) > 0
+    assert f"{rates['ray'] / rates['memory']:.0%}" in (tmp_path / "input.md").read_text()
 
 
 def test_harm_copies_the_quiet_and_tells_of_the_rest(

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from denoise_core import metrics
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
 from denoise_core.benchmarks.quality import parse_sigmas
 from denoise_core.benchmarks.tables import Result, number, table
-from denoise_core.checkpoints import load_checkpoint
 from denoise_core.choice import is_coarse, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, require, setting
 from denoise_core.denoiser import Denoiser
@@ -38,7 +38,7 @@ class Limits(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HarmConfig:
+class HarmConfig(ModelConfig):
     """Settings of `jobs.benchmark harm`."""
 
     output: str = setting(help="Folder for harm.md and harm.json.", metavar="DIR")
@@ -46,7 +46,6 @@ class HarmConfig:
         None, "Folder of clean 8-bit images; default: scikit-image's.", metavar="DIR"
     )
     sigma: str = setting("0,1,2,3,5", "Noise, of 255.", metavar="S[,S]")
-    model: str = setting("unet-s", "A shipped model's name or a path.", metavar="NAME|PATH")
     copy_below: str = setting(
         "auto", "As that of jobs.denoise; 0 denoises every image.", metavar="auto|SIGMA"
     )
@@ -61,7 +60,7 @@ class HarmConfig:
 
 def run(config: HarmConfig) -> Result:
     """Send every image at every sigma through the decision and, where it says so, the model."""
-    checkpoint = load_checkpoint(config.model)
+    checkpoint = config.load()
     denoiser = Denoiser(checkpoint, precision="float32")
     auto = config.copy_below == "auto"
     card = checkpoint.card if auto else {"break_even_sigma": config.copy_below}

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from denoise_core import results, worklist
 from denoise_core.benchmarks.child import ChildRun, call, peak_rss
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.processes import watch
 from denoise_core.benchmarks.tables import Result, megabytes, number, table
 from denoise_core.config import DenoiseConfig, pixel_hash, require, setting
@@ -32,7 +33,7 @@ BUDGET = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListingConfig:
+class ListingConfig(ModelConfig):
     """Settings of `jobs.benchmark listing`."""
 
     output: str = setting(help="Folder for listing.md and listing.json.", metavar="DIR")
@@ -65,9 +66,7 @@ def _real_tree(folder: Path, config: ListingConfig) -> dict[str, dict[str, Any]]
     _make_tree(tree, config.names)
     walked = call("listing:plan", names=config.names, out=f"{folder}/walked", tree=str(tree))
     command = [sys.executable, "-m", "jobs.denoise", str(tree), "--output", f"{folder}/dry"]
-    watched, seconds = watch(
-        [*command, "--model", config.model, "--dry-run"], every_s=0.2, memory=True
-    )
+    watched, seconds = watch([*command, *config.flags, "--dry-run"], every_s=0.2, memory=True)
     (driver,) = watched.kinds()["driver (jobs.denoise)"]
     dry = {"seconds": seconds, "peak_rss": driver.rss, "to_do": config.names}
     return {

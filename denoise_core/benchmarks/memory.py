@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.pictures import make_photos, make_tiff
 from denoise_core.benchmarks.processes import JobRun, Process, run_denoise
 from denoise_core.benchmarks.quality import split_words
 from denoise_core.benchmarks.tables import Result, megabytes, table
-from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import require, setting
 from denoise_core.errors import RunFailed, UsageError
 from denoise_core.images import read_header
@@ -27,11 +27,10 @@ NOTE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(ModelConfig):
     """Settings of `jobs.benchmark memory`."""
 
     output: str = setting(help="Folder for memory.md and memory.json.", metavar="DIR")
-    model: str = setting("unet-s", "A shipped model's name or a path.", metavar="NAME|PATH")
     side: int = setting(12_000, "Side of the square TIFF in pixels.", metavar="N")
     photos: str = setting("12,16,20,24,12,16,20,24", "Mpx of the photographs.", metavar="MPX[,MPX]")
     noise: float = setting(25.0, "Sigma of the added noise, of 255.", metavar="SIGMA")
@@ -56,7 +55,7 @@ class MemoryConfig:
 
 def run(config: MemoryConfig) -> Result:
     """Make the images, run the job on each kind, tell the peaks."""
-    load_checkpoint(config.model)
+    config.load()
     data = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=config.work) as folder:
         large, photos = Path(folder) / "large", Path(folder) / "photos"
@@ -74,7 +73,7 @@ def _watch(folder: Path, config: MemoryConfig) -> dict[str, Any]:
     job = run_denoise(
         inputs,
         folder / "out",
-        *("--model", config.model, "--copy-below", "0"),
+        *(*config.flags, "--copy-below", "0"),
         every_s=config.every,
         memory=True,
     )

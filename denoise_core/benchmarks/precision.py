@@ -12,6 +12,7 @@ import numpy as np
 
 from denoise_core import metrics
 from denoise_core.benchmarks.child import call
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.checkpoints import load_checkpoint
@@ -24,11 +25,10 @@ TYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(ModelConfig):
     """Settings of `jobs.benchmark precision`."""
 
     output: str = setting(help="Folder for precision.md and precision.json.", metavar="DIR")
-    model: str = setting("unet-s", "A shipped model's name or a path.", metavar="NAME|PATH")
     data: str | None = setting(
         None, "Folder of clean 8-bit images; default: scikit-image's.", metavar="DIR"
     )
@@ -43,12 +43,12 @@ class PrecisionConfig:
 
 def run(config: PrecisionConfig) -> Result:
     """Measure both types, each in a process of its own, and compare their outputs."""
-    load_checkpoint(config.model)
+    config.load()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         figures = {
             precision: call(
                 "precision:measure",
-                model=config.model,
+                **config.named,
                 precision=precision,
                 data=config.data,
                 sigma=config.sigma,
@@ -76,10 +76,18 @@ def run(config: PrecisionConfig) -> Result:
 
 
 def measure(
-    model: str, precision: str, data: str | None, sigma: float, images: int, repeats: int, out: str
+    *,
+    model: str,
+    model_range: str,
+    precision: str,
+    data: str | None,
+    sigma: float,
+    images: int,
+    repeats: int,
+    out: str,
 ) -> dict[str, Any]:
     """Denoise the images in one precision; keep the float outputs as OUT/NNN.npy."""
-    denoiser = Denoiser(load_checkpoint(model), precision=precision)
+    denoiser = Denoiser(load_checkpoint(model, model_range=model_range), precision=precision)
     Path(out).mkdir(parents=True)
     seconds = pixels = 0.0
     decibels = []

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from denoise_core import metrics
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
 from denoise_core.benchmarks.tables import Result, cores, number, table
-from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import nearest, require, setting
 from denoise_core.errors import UsageError
+from denoise_core.evaluation.methods import find_model
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.models.classical import CLASSICAL
 
@@ -60,7 +61,7 @@ def parse_sigmas(text: str) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QualityConfig:
+class QualityConfig(ModelConfig):
     """Settings of `jobs.benchmark quality`."""
 
     output: str = setting(help="Folder for quality.md and quality.json.", metavar="DIR")
@@ -118,14 +119,15 @@ def run(config: QualityConfig) -> Result:
 
 
 def _methods(config: QualityConfig) -> dict[str, Method]:
-    methods = {name: _of_model(name, config.precision) for name in split_words(config.model)}
+    methods = {name: _of_model(name, config) for name in split_words(config.model)}
     return {**methods, **{name: CLASSICAL[name] for name in config.filters}}
 
 
-def _of_model(name: str, precision: str) -> Method:
+def _of_model(name: str, config: QualityConfig) -> Method:
     from denoise_core.denoiser import Denoiser
 
-    denoiser = Denoiser(load_checkpoint(name), precision=precision)
+    checkpoint = find_model(name, model_range=config.model_range)
+    denoiser = Denoiser(checkpoint, precision=config.precision)
 
     def method(image: Array, sigma: float) -> Array:
         # Blind: the model is not told sigma.

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core.benchmarks.child import call
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.processes import Moment, Watched, watch
 from denoise_core.benchmarks.quality import split_words
 from denoise_core.benchmarks.simulation import PIXELS
@@ -54,7 +55,7 @@ ALONE = ("driver", "ledger")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScaleConfig:
+class ScaleConfig(ModelConfig):
     """Settings of `jobs.benchmark scale`."""
 
     output: str = setting(help="Folder for scale.md and scale.json.", metavar="DIR")
@@ -101,11 +102,11 @@ class ScaleConfig:
 
 def run(config: ScaleConfig) -> Result:
     """Measure the device, run every number of actors, project."""
-    load_checkpoint(config.model)
+    config.load()
     device = (
         {"patch_ms": config.patch_ms}
         if config.patch_ms is not None
-        else call("scale:patch_time", model=config.model, least_s=config.patch_seconds).value
+        else call("scale:patch_time", **config.named, least_s=config.patch_seconds).value
     )
     runs = [_simulated(actors, device["patch_ms"], config) for actors in config.counts]
     data = {
@@ -120,9 +121,9 @@ def run(config: ScaleConfig) -> Result:
     return Result("scale", title, _body(data), data)
 
 
-def patch_time(model: str, least_s: float) -> dict[str, Any]:
+def patch_time(model: str, model_range: str, least_s: float) -> dict[str, Any]:
     """Time the bare model on windows of full size, with all of this machine's device."""
-    denoiser = Denoiser(load_checkpoint(model))
+    denoiser = Denoiser(load_checkpoint(model, model_range=model_range))
     side = denoiser.geometry.patch + 2 * denoiser.geometry.halo
     gpu = max(1, min(MOST_PATCHES, GPU_BATCH_PIXELS // side**2))
     count = gpu if denoiser.device == "gpu" else STACK * denoiser.threads
@@ -148,7 +149,7 @@ def _simulated(actors: int, patch_ms: float, config: ScaleConfig) -> dict[str, A
         command = [
             *(sys.executable, "-m", "jobs.benchmark", "simulate", "--output", folder),
             *("--actors", str(actors), "--images", str(config.images_of(actors))),
-            *("--patch-ms", repr(patch_ms / config.speedup), "--model", config.model),
+            *("--patch-ms", repr(patch_ms / config.speedup), *config.flags),
             *("--most-bytes", str(config.most_bytes)),
         ]
         watched, _ = watch(command, every_s=config.every, memory=False)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core import results, worklist
-from denoise_core.checkpoints import load_checkpoint
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.config import DenoiseConfig, pixel_hash, require, setting
 from denoise_core.denoiser import resolve_geometry
 from denoise_core.errors import RunFailed
@@ -37,7 +37,7 @@ FILE_BYTES_PER_PIXEL = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationConfig:
+class SimulationConfig(ModelConfig):
     """Settings of `jobs.benchmark simulate`."""
 
     output: str = setting(help="Folder for the run and simulation.json.", metavar="DIR")
@@ -124,7 +124,7 @@ def _job(config: SimulationConfig) -> Any:
     settings = DenoiseConfig(
         inputs=(SOURCE,), output=config.output, actors=str(config.actors), gpus_per_actor="0"
     )
-    card = load_checkpoint(config.model).card
+    card = config.load().card
     return Job(
         config=settings,
         run_id="simulation",

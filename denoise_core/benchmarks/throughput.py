@@ -24,6 +24,7 @@ import numpy as np
 
 from denoise_core import metrics
 from denoise_core.benchmarks.child import ChildRun, call
+from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.pictures import make_pngs, picture_files
 from denoise_core.benchmarks.processes import JobRun, run_denoise
 from denoise_core.benchmarks.tables import Result, cores, number, table
@@ -34,6 +35,7 @@ from denoise_core.denoiser import (
     GPU_BATCH_PIXELS,
     Denoiser,
     Geometry,
+    in_unit_range,
     resolve_geometry,
 )
 from denoise_core.images import data_range, decode, encode, to_dtype
@@ -53,11 +55,10 @@ OWN_SHARE = 5  # the loop with our Denoiser takes one image in so many; its stea
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThroughputConfig:
+class ThroughputConfig(ModelConfig):
     """Settings of `jobs.benchmark throughput`."""
 
     output: str = setting(help="Folder for throughput.md and throughput.json.", metavar="DIR")
-    model: str = setting("unet-s", "A shipped model's name or a path.", metavar="NAME|PATH")
     data: str | None = setting(
         None, "Photographs to make the images of; default: scikit-image's.", metavar="DIR"
     )
@@ -79,11 +80,11 @@ class ThroughputConfig:
 
 def run(config: ThroughputConfig) -> Result:
     """Make the images, run the three, compare."""
-    load_checkpoint(config.model)
+    config.load()
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=config.work) as folder:
         images = Path(folder) / "images"
         make_pngs(images, megapixels=config.megapixels, sigma=config.noise, data=config.data)
-        same = {"folder": str(images), "model": config.model, "precision": config.precision}
+        same = {"folder": str(images), **config.named, "precision": config.precision}
         bare = call("throughput:bare_model", **same, least_s=config.bare_seconds)
         loop = call("throughput:plain_loop", **same, out=str(Path(folder) / "loop"))
         own = call("throughput:denoiser_loop", **same, out=str(Path(folder) / "own"))
@@ -91,7 +92,7 @@ def run(config: ThroughputConfig) -> Result:
         job = run_denoise(
             [str(images)],
             Path(folder) / "job",
-            *("--model", config.model, "--precision", config.precision),
+            *(*config.flags, "--precision", config.precision),
             *("--actors", config.actors, "--copy-below", "0"),
         )
     data = {
@@ -110,12 +111,14 @@ def run(config: ThroughputConfig) -> Result:
 # --- what runs in processes of its own ----------------------------------------------------------
 
 
-def bare_model(folder: str, model: str, precision: str, least_s: float) -> dict[str, Any]:
+def bare_model(
+    folder: str, model: str, model_range: str, precision: str, least_s: float
+) -> dict[str, Any]:
     """Time `Denoiser.predict` on full batches of the images' own patches.
 
     Mpx/s of cores, the pixels that come out, and of windows, which have the halo.
     """
-    denoiser = Denoiser(load_checkpoint(model), precision=precision)
+    denoiser = Denoiser(load_checkpoint(model, model_range=model_range), precision=precision)
     stacks, core, window = _stacks(denoiser, picture_files(folder))
     for shape in {each.shape: each for each in stacks}.values():
         denoiser.predict(shape)
@@ -174,16 +177,18 @@ def _window(pixels: Array, item: Cut) -> Array:
     return cut(pixels, item.patch, origin=(0, 0), low=low, high=high)
 
 
-def plain_loop(folder: str, out: str, model: str, precision: str) -> dict[str, Any]:
+def plain_loop(
+    folder: str, out: str, model: str, model_range: str, precision: str
+) -> dict[str, Any]:
     """What one would write without the job; returns times of every image and of the metrics."""
     import tensorflow as tf
 
     from denoise_core.devices import choose_precision
 
-    checkpoint = load_checkpoint(model)
+    checkpoint = load_checkpoint(model, model_range=model_range)
     network = checkpoint.build(precision=choose_precision(precision, tf))
     shape = tf.TensorSpec((None, None, None, 3), tf.float32)
-    predict = tf.function(lambda x: network(x, training=False), input_signature=[shape])
+    predict = tf.function(in_unit_range(network, checkpoint.card), input_signature=[shape])
     geometry = resolve_geometry(checkpoint.card, patch="256", halo="auto")
 
     def denoise(pixels: Array) -> Array:
@@ -211,9 +216,11 @@ def _plainly(pixels: Array, predict: Callable[[Array], Array], *, geometry: Geom
     return result[:height, :width]
 
 
-def denoiser_loop(folder: str, out: str, model: str, precision: str) -> dict[str, Any]:
+def denoiser_loop(
+    folder: str, out: str, model: str, model_range: str, precision: str
+) -> dict[str, Any]:
     """The plain loop with the project's `Denoiser`, without Ray."""
-    denoiser = Denoiser(load_checkpoint(model), precision=precision)
+    denoiser = Denoiser(load_checkpoint(model, model_range=model_range), precision=precision)
     denoiser.warm_up()
 
     def denoise(pixels: Array) -> Array:
