@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import json
 import re
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +27,9 @@ from denoise_core.config import TrainConfig
 from denoise_core.errors import CheckpointError, DenoiseError, OutputLocked, RunFailed, UsageError
 from denoise_core.lock import output_lock
 from denoise_core.models import build_model
+from denoise_core.presets import PRESETS
 from denoise_core.storage import LocalStorage, storage_for
-from denoise_core.training import prepare
+from denoise_core.training import Plan, Trainer, prepare
 from jobs.train import Display
 
 STEPS, EVERY = 200, 20
@@ -345,6 +349,96 @@ def tiny_checkpoint(folder: Path) -> Checkpoint:
     return save_checkpoint(
         folder, weights, {**card, "total_stride": 2, "default_halo": 8, "exact_halo": 12}
     )
+
+
+TRAINED = [name for name in PRESETS if name not in ("unet-xs", "unet-s-photo")]
+
+
+def train_every_plan(arguments: dict[str, Any]) -> None:
+    """What a worker runs: each plan in turn; its losses, weights and outputs go by mail."""
+    import ray
+    import tensorflow as tf
+
+    from denoise_core.devices import configure_tensorflow
+
+    configure_tensorflow(threads=1, use_gpu=False)
+    # A process joins the others once.
+    strategy = functools.cache(tf.distribute.MultiWorkerMirroredStrategy)
+    tf.distribute.MultiWorkerMirroredStrategy = strategy
+    rank = ray.train.get_context().get_world_rank()
+    for plan in ray.get(arguments["data"]):
+        trainer = Trainer(plan.config, plan.preset, plan.data, rank=rank)
+        before = trainer.model.get_weights()
+        losses: list[float] = []
+        trainer.run(lambda seen, _, to=losses: to.extend((seen["loss"], seen["val_loss"])))
+        after = trainer.model.get_weights()
+        outputs = [output for *_, output in trainer.outputs(trainer.held_out)]
+        arguments["mail"].put(
+            {
+                "key": (plan.config.preset, rank),
+                "losses": losses,
+                "weights": hashlib.sha256(b"".join(w.tobytes() for w in after)).hexdigest(),
+                "moved": [not np.array_equal(*pair) for pair in zip(before, after, strict=True)],
+                "shape": outputs[0].shape,
+                "range": (min(map(np.min, outputs)), max(map(np.max, outputs))),
+            }
+        )
+
+
+def trained_presets(folder: Path, workers: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """Train every preset for two steps on one group of workers; what each told, by name and rank.
+
+    `folder` has `digits` and `photos`.
+    """
+    from denoise_core.pipelines.cluster import beside_driver
+    from denoise_core.pipelines.train import Queue, _fit, _ray_trainer
+
+    common = {"steps": 2, "validate_steps": 2, "batch": 4, "max_failures": 0, "workers": workers}
+    plans = []
+    for name in TRAINED:
+        preset = PRESETS[name]
+        data, crop = ("digits", None) if preset.sample else ("photos", 16)
+        config = TrainConfig(
+            data=(str(folder / data),), output=str(folder / f"{workers}"), preset=name, crop=crop,
+            **common,
+        )  # fmt: skip
+        # Compiling takes longer than all the rest; TINY, which other tests train, is a U-Net.
+        xla = preset.xla and workers == 1 and preset.architecture != "unet"
+        plans.append(prepare(config, replace(preset, xla=xla)))
+    rows: list[dict[str, Any]] = []
+    mail = Queue(actor_options=beside_driver())
+    trainer = _ray_trainer(Plan(plans[0].config, plans[0].preset, plans), mail)
+    _fit(trainer, mail=mail, show=rows.append)
+    mail.shutdown(force=True)
+    return {row["key"]: row for row in rows}
+
+
+@pytest.mark.ray
+def test_every_preset_trains_alike_with_one_worker_and_with_two(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("denoise_core.pipelines.train._train_worker", train_every_plan)
+    rng = np.random.default_rng(0)
+    for folder, shape in (("digits", (7, 7)), ("photos", (12, 12, 3))):
+        (tmp_path / folder).mkdir()
+        for index in range(6):
+            values = rng.integers(0, 256, shape).astype(np.uint8)
+            cells = np.repeat(np.repeat(values, 4, 0), 4, 1)
+            Image.fromarray(cells).save(tmp_path / folder / f"{index}.png")
+    one, two = trained_presets(tmp_path, 1), trained_presets(tmp_path, 2)
+    assert (len(one), len(two)) == (len(TRAINED), 2 * len(TRAINED))
+    for name in TRAINED:
+        preset = PRESETS[name]
+        alone, first, second = one[name, 0], two[name, 0], two[name, 1]
+        assert len(alone["losses"]) == 2
+        assert np.isfinite(alone["losses"]).all()
+        assert all(alone["moved"]), name
+        assert alone["shape"][2] == preset.channels
+        if preset.architecture != "unet":
+            assert 0 <= alone["range"][0] <= alone["range"][1] <= 1
+        for told in ("losses", "weights"):
+            assert first[told] == second[told], name
+        # Dropout and the statistics of a batch are of each worker's own.
+        if preset.architecture != "dense" and not preset.arguments.get("norm"):
+            np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-4)
 
 
 @pytest.mark.ray
