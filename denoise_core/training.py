@@ -277,7 +277,7 @@ def _warmup_steps(preset: Preset, config: TrainConfig) -> int:
 
 def note_validation(progress: Progress, loss: float, preset: Preset, config: TrainConfig) -> bool:
     """Take in a validation loss: reduce on plateau, stop early. Returns whether it is the best."""
-    if loss < progress.best_loss:
+    if math.isfinite(loss) and loss < progress.best_loss:
         progress.best_loss, progress.waited, progress.waited_rate = loss, 0, 0
         return True
     progress.waited += 1

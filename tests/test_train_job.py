@@ -201,6 +201,8 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
         assert not (output / "train.json").exists()
         dead = json.loads(held.read_text())
     gone = subprocess.Popen(["true"])
+    (output / "best").mkdir(parents=True)
+    (output / "best/model.json").touch()
     gone.wait()
     held.write_text(json.dumps({**dead, "pid": gone.pid}))
     started = time.monotonic()
@@ -215,6 +217,9 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
     ("psnr", "text"), [(31.257, "validation PSNR 31.26 dB"), (None, "validation loss 0.01250")]
 )
 def test_the_last_line_has_the_figures_of_a_best_model_from_before(tmp_path, capsys, psnr, text):
+    (output / "best/model.json").unlink()
+    with pytest.raises(RunFailed, match=r"No validation had a finite loss, .* begin anew with a"):
+        train.run_training(plan, show=print)
     figures = {"validation_loss": 0.0125, "validation_psnr": psnr}
     card = {"training": {"steps": 40}, "figures": figures}
     (tmp_path / "model.json").write_text(json.dumps(card))

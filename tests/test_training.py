@@ -680,6 +680,14 @@ def test_training_ends_early_where_the_loss_stands_still():
     assert progress.best_loss == 0.5
 
 
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(data, monkeypatch):
+    trainer = Trainer(config(steps=3, validate_steps=1), TINY, data)
+    losses = iter([(-math.inf, 50.0), (math.nan, math.nan), (math.inf, 10.0)])
+    monkeypatch.setattr(trainer, "measure", lambda: next(losses))
+    assert [metrics["best"] for metrics, _ in run(trainer)] == [0.0, 0.0, 0.0]
+    assert trainer.progress.best_loss == math.inf
+
+
 def test_epochs_become_steps_and_validations(folder):
     plan = prepare(
         config(data=(str(folder),), steps=None, validate_steps=None, epochs=2.5, batch=4),

@@ -66,7 +66,7 @@ def run_training(plan: Plan, *, show: Show) -> str:
     A report with `tick` tells of progress between validations, one with `note` is a sentence. Ray
     must be initialised. Raises UsageError for images that do not fit and for more workers than this
     machine holds, OutputLocked where another run holds the output, CheckpointError for a checkpoint
-    that does not fit the preset, RunFailed where training ended early.
+    that does not fit the preset, RunFailed where training ended early or left no model.
     """
     grows = bool(os.environ.get("RAY_ADDRESS"))
     for note in room_notes(plan.config, ray.cluster_resources(), grows=grows):
@@ -81,6 +81,12 @@ def run_training(plan: Plan, *, show: Show) -> str:
                 f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
             ) from error
         mail.shutdown(force=True)
+    if not files.has_best():
+        raise RunFailed(
+            "No validation had a finite loss, so there is no best model. Look for broken values in "
+            "the held-out images, or begin anew with a lower --learning-rate or --precision "
+            "float32."
+        )
     return files.uri("best")
 
 
@@ -130,6 +136,10 @@ class RunFiles:
         for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
             self.write(f"{name}/{path.name}", path.read_bytes())
 
+
+    def has_best(self) -> bool:
+        """Whether a validation has left a model."""
+        return self.storage.stat(self.uri("best/model.json")) is not None
 
 # --- the driver ---------------------------------------------------------------------------------
 
@@ -390,7 +400,7 @@ def _train(
     trainer.run(
         lambda metrics, save: reporter.report(metrics), tick=reporter.tick if rank == 0 else None
     )
-    if rank == 0 and config.export is not None:
+    if rank == 0 and config.export is not None and reporter.files.has_best():
         mail.put(export_best(config))
 
 
