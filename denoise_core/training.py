@@ -45,6 +45,8 @@ Batches = Iterator[tuple[Array, Array]]
 VALIDATION_SIDE = 256
 PREDICT_PIXELS = 500_000
 EMA_EVERY = 8
+# Held-out crops that a picture of samples shows.
+SHOWN = 4
 # Several workers save and validate by steps, which all count alike; their clocks differ.
 CHECKPOINT_STEPS = VALIDATE_STEPS = 500
 # What Keras uses in its own binary cross-entropy.
@@ -322,6 +324,9 @@ def psnr_of(output: Array, clean: Array) -> float:
 class Trainer:
     """One worker's training of one model. `rank` 0 writes checkpoints; all ranks call alike.
 
+    `images` counts the crops that all workers took since the start or resume; `shown` has the
+    first held-out crops, (noisy, clean, output) of the weights last measured.
+
     `config` and `preset` are as `prepare` returns them. `source` makes the batches; by
     default a thread of this process does. Raises UsageError for images that do not fit,
     CheckpointError for `initial` weights of another model.
@@ -343,6 +348,8 @@ class Trainer:
 
         self.config, self.preset, self.rank, self.precision = config, preset, rank, precision
         self.progress = Progress()
+        self.images = 0
+        self.shown: list[tuple[Array, Array, Array]] = []
         self.sampler = Sampler.make(data.training, config, preset)
         self.source = source or self._in_thread
         self.strategy = (
@@ -490,6 +497,7 @@ class Trainer:
                     losses.append(self.train_step(noisy, clean, fraction=fraction))
                     self.progress.seconds += clock.lap()
                     self.progress.pixels += noisy.size // noisy.shape[-1] * self.config.workers
+                    self.images += len(noisy) * self.config.workers
                     if tick is not None and clock.tick_due():
                         tick(losses[-1])
                     fraction = self.progress.fraction(self.config)
@@ -606,12 +614,13 @@ class Trainer:
         """
         import tensorflow as tf
 
-        values, psnrs = [], []
+        values, psnrs, self.shown = [], [], []
         for noisy, clean, output in self.outputs(self.held_out):
             known = np.isfinite(clean)
             values.append(float(tf.reduce_mean(self._loss(output[known], clean[known]))))
             psnrs.append(math.nan if self.config.self_supervised else psnr_of(output, clean))
-            del noisy
+            if len(self.shown) < SHOWN:
+                self.shown.append((noisy, clean, output))
         return float(np.mean(values)), float(np.mean(psnrs))
 
     def outputs(self, pairs: list[tuple[Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:

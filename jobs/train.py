@@ -41,6 +41,7 @@ class Display:
         self.config, self.json = config, config.progress == "json"
         self.bar = TrainingBar() if is_live(config.progress) else None
         self.exported: dict[str, Any] = {}
+        self.validated: dict[str, Any] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -59,12 +60,14 @@ class Display:
         if "note" in row:
             self.note(row["note"])
             return
+        if "val_loss" in row:
+            self.validated = {name: row[name] for name in ("val_loss", "psnr")}
         if self.bar is not None:
-            self.bar.update(row["fraction"], line(row))
+            self.bar.update(row["fraction"], line({**row, **self.validated}, step=False))
         if row.get("tick") and not self.json:
             return
         if self.json:
-            known = {k: v for k, v in row.items() if v == v}
+            known = {k: v for k, v in row.items() if math.isfinite(v)}
             click.echo(json.dumps({"progress": known}))
         elif self.bar is not None:
             self.bar.progress.console.print(line(row), markup=False, highlight=False)
@@ -115,16 +118,16 @@ def figure_text(row: dict[str, Any]) -> str:
     return f"validation loss {row['val_loss']:.5f}" if "val_loss" in row else ""
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return one report as a line: share done, step, pixels, speed, loss, PSNR, time left."""
-    done, seconds = max(row["fraction"], 1e-9), max(row["seconds"], 1e-9)
-    figures = figure_text(row)
-    left = timedelta(seconds=round(seconds * (1.0 - done) / done))
-    return (
-        f"{row['fraction']:6.1%}  step {row['step']}  {row['pixels'] / 1e6:.0f} Mpx  "
-        f"{row['pixels'] / 1e6 / seconds:.3f} Mpx/s  {row['step'] / seconds:.1f} steps/s  "
-        f"loss {row['loss']:.5f}{'  ' * bool(figures)}{figures}  {left} left"
-    )
+def line(row: dict[str, Any], *, step: bool = True) -> str:
+    """Return one report as a line: share done, step, loss, PSNR, speed, time left.
+
+    Images are the crops that the network sees. Without the step it fits into 80 columns.
+    """
+    done = max(row["fraction"], 1e-9)
+    left = timedelta(seconds=round(row["seconds"] * (1.0 - done) / done))
+    words = [f"{row['fraction']:6.1%}", f"step {row['step']}" * step, f"loss {row['loss']:.5f}"]
+    words += [figure_text(row), f"{row['images_per_s']:.1f} images/s", f"{left} left"]
+    return "  ".join(word for word in words if word)
 
 
 main = settings_command(

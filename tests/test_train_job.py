@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import json
+import math
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,6 +23,7 @@ import psutil
 import pytest
 from helpers import by_name, denoise
 from PIL import Image
+from rich.console import Console
 from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -29,7 +33,7 @@ from denoise_core.lock import output_lock
 from denoise_core.models import build_model
 from denoise_core.presets import PRESETS
 from denoise_core.storage import LocalStorage, storage_for
-from denoise_core.training import Plan, Trainer, prepare
+from denoise_core.training import Plan, Trainer, prepare, psnr_of
 from jobs.train import Display
 
 STEPS, EVERY = 200, 20
@@ -103,12 +107,13 @@ def test_the_driver_prints_each_report_and_nothing_on_stderr(resumed):
     before, output, _, out, err = resumed
     assert err == ""
     lines = out.splitlines()
-    assert len(lines) > STEPS // EVERY - len(before)
+    assert len(lines) > 1 + STEPS // EVERY - len(before)
+    assert lines[0] == "6 images, 1 of them held out for validation."
     pattern = (
-        r" *\d+\.\d%  step \d+  \d+ Mpx  \d+\.\d{3} Mpx/s  \d+\.\d steps/s  loss \d\.\d{5}"
-        r"  validation PSNR \d+\.\d\d dB  \d+:\d\d:\d\d left"
+        r" *\d+\.\d%  step \d+  loss \d\.\d{5}  validation PSNR \d+\.\d\d dB"
+        r"  [1-9]\d*\.\d images/s  \d+:\d\d:\d\d left"
     )
-    assert [line for line in lines[:-1] if not re.fullmatch(pattern, line)] == []
+    assert [line for line in lines[1:-1] if not re.fullmatch(pattern, line)] == []
     assert lines[-2].startswith("100.0%")
     assert re.fullmatch(r"Done, validation PSNR \d+\.\d\d dB at step \d+\. Use it .*", lines[-1])
     assert lines[-1].endswith(f"--model {output / 'best'}")
@@ -160,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     rows: list[dict[str, float]] = []
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
         run_training(prepare(config, TINY), show=rows.append)
-    assert [row for row in rows if not row.get("tick")] == []
+    assert [row for row in rows if not (row.get("tick") or "note" in row)] == []
 
 
 def test_a_training_that_has_no_room_is_refused_on_a_machine_and_noted_on_a_cluster():
@@ -195,14 +200,14 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
     plan = prepare(TrainConfig(data=(str(data),), output=str(output), steps=1), TINY)
     during = []
     monkeypatch.setattr(train, "_fit", lambda *_, **__: during.append(held.exists()))
+    (output / "best").mkdir(parents=True)
+    (output / "best/model.json").touch()
     with output_lock(LocalStorage(), str(output), run_id="first"):
         with pytest.raises(OutputLocked, match=r"run first on .* is at work here"):
             train.run_training(plan, show=print)
         assert not (output / "train.json").exists()
         dead = json.loads(held.read_text())
     gone = subprocess.Popen(["true"])
-    (output / "best").mkdir(parents=True)
-    (output / "best/model.json").touch()
     gone.wait()
     held.write_text(json.dumps({**dead, "pid": gone.pid}))
     started = time.monotonic()
@@ -211,15 +216,15 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
     assert time.monotonic() - started < 5
     assert during == [True]
     assert not held.exists()
+    (output / "best/model.json").unlink()
+    with pytest.raises(RunFailed, match=r"No validation had a finite loss, .* begin anew with a"):
+        train.run_training(plan, show=print)
 
 
 @pytest.mark.parametrize(
     ("psnr", "text"), [(31.257, "validation PSNR 31.26 dB"), (None, "validation loss 0.01250")]
 )
 def test_the_last_line_has_the_figures_of_a_best_model_from_before(tmp_path, capsys, psnr, text):
-    (output / "best/model.json").unlink()
-    with pytest.raises(RunFailed, match=r"No validation had a finite loss, .* begin anew with a"):
-        train.run_training(plan, show=print)
     figures = {"validation_loss": 0.0125, "validation_psnr": psnr}
     card = {"training": {"steps": 40}, "figures": figures}
     (tmp_path / "model.json").write_text(json.dumps(card))
@@ -268,6 +273,64 @@ def test_a_training_whose_checkpoints_are_gone_says_that_it_starts_anew(tmp_path
     take_up(trainer_of(tmp_path, 5, lambda folder: None), None, mail=mail)
     note = f"--resume: no checkpoint in {tmp_path}; training starts anew."
     assert mail == [{"note": note}]
+
+
+def test_the_bar_keeps_the_last_validation_and_fits_into_80_columns(monkeypatch):
+    monkeypatch.setattr("jobs.train.is_live", lambda kind: True)
+    display = Display(TrainConfig(data=("in",), output="out"))
+    row = {"step": 1234567, "seconds": 50_000.0, "fraction": 0.6, "loss": 0.01234}
+    row |= {"images_per_s": 10512.3, "tick": True}
+    shown = "loss 0.01234  validation PSNR 30.12 dB  10512.3 images/s  9:15:33 left"
+    display.show({**row, "tick": False, "val_loss": 0.02, "psnr": 30.12})
+    # A checkpoint between validations, and a tick.
+    for later in ({**row, "tick": False, "psnr": math.nan}, row):
+        display.show(later)
+        console = Console(width=80, file=io.StringIO())
+        console.print(display.bar.progress.get_renderable())
+        assert console.file.getvalue().rstrip().endswith(shown)
+
+
+def test_what_is_held_out_is_said_in_one_sentence(data, tmp_path):
+    from denoise_core.pipelines.train import split_note
+
+    def note(**settings):
+        return split_note(
+            prepare(TrainConfig(output=str(tmp_path / "run"), steps=1, **settings), TINY)
+        )
+
+    assert note(data=(str(data),)) == "6 images, 1 of them held out for validation."
+    held = str(data / "0.png")
+    given = f"5 images to train on; validation by 1 of {held}."
+    assert note(data=(str(data),), validation_data=(held,)) == given
+    for name in "ab":
+        for kind in ("n", "c"):
+            shutil.copy(held, tmp_path / f"{name}_{kind}.png")
+    pairs = {"noisy": "*_n.png", "clean": "*_c.png"}
+    assert note(data=(str(tmp_path),), **pairs).startswith("2 pairs, 1 of them held out")
+
+
+def test_samples_are_drawn_with_the_weights_that_were_validated(data, tmp_path, monkeypatch):
+    from denoise_core import curves
+    from denoise_core.pipelines import train
+
+    monkeypatch.setattr(train.ray.train, "report", lambda *_, **__: None)
+    drawn, draw = [], curves.draw_samples
+    monkeypatch.setattr(
+        curves, "draw_samples", lambda s, title: drawn.append(s) or draw(s, title=title)
+    )
+    settings = TrainConfig(
+        data=(str(data),), output=str(tmp_path / "run"), steps=5, learning_rate=0.1
+    )
+    plan = prepare(settings, replace(TINY, warmup_steps=0, schedule="constant"))
+    trainer, mail = Trainer(plan.config, plan.preset, plan.data), Outbox()
+    reporter = train.Reporter(trainer, plan.data, precision="float32", mail=mail)
+    trainer.run(lambda metrics, save: reporter.report(metrics))
+    ((row,), (samples,)) = mail, drawn
+    assert len(samples) == 1
+    figures = [psnr_of(output, clean) for _, clean, output in samples]
+    assert np.mean(figures) == pytest.approx(row["psnr"], abs=1e-6)
+    raw = [psnr_of(output, clean) for _, clean, output in trainer.outputs(trainer.held_out)]
+    assert abs(np.mean(raw) - row["psnr"]) > 0.01
 
 
 def test_a_note_is_a_line_of_text_or_of_json(capsys):
@@ -472,7 +535,7 @@ def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_pat
     assert best == f"{output}/best"
     display.finish(best)
     *_, exported, last = capsys.readouterr().out.splitlines()
-    assert [row["step"] for row in rows if "step" in row and not row.get("tick")] == [3, 6]
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert exported.startswith(f"Exported to {output}/export/unet-s; run beside the model it ")
     names = {entry.path for entry in storage.list(output)}
     assert names >= {

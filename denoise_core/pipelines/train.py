@@ -54,7 +54,6 @@ STREAM_STEPS = 50_000
 WORKER_CPUS, STREAM_CPUS = 0.5, 0.1
 # Of the validations one in so many leaves a picture of samples; and so do the first and the last.
 SAMPLES_EVERY = 5
-SAMPLES = 4
 
 Array = np.ndarray
 Show = Callable[[dict[str, Any]], None]
@@ -69,7 +68,8 @@ def run_training(plan: Plan, *, show: Show) -> str:
     that does not fit the preset, RunFailed where training ended early or left no model.
     """
     grows = bool(os.environ.get("RAY_ADDRESS"))
-    for note in room_notes(plan.config, ray.cluster_resources(), grows=grows):
+    notes = room_notes(plan.config, ray.cluster_resources(), grows=grows)
+    for note in (*notes, split_note(plan)):
         show({"note": note})
     files = RunFiles(plan.config)
     with output_lock(files.storage, files.root, run_id=new_run_id()):
@@ -88,6 +88,16 @@ def run_training(plan: Plan, *, show: Show) -> str:
             "float32."
         )
     return files.uri("best")
+
+
+def split_note(plan: Plan) -> str:
+    """Return what is trained on and what is held out, in numbers."""
+    config, data = plan.config, plan.data
+    held, kind = len(data.validation), "pairs" if config.mode == "pairs" else "images"
+    if config.validation_data:
+        named = ", ".join(config.validation_data)
+        return f"{data.files} {kind} to train on; validation by {held} of {named}."
+    return f"{data.files + held} {kind}, {held} of them held out for validation."
 
 
 def room_notes(config: TrainConfig, there: dict[str, float], *, grows: bool) -> list[str]:
@@ -127,6 +137,10 @@ class RunFiles:
         """Return a file's bytes, None where there is none."""
         return self.storage.read(self.uri(name)) if self.storage.stat(self.uri(name)) else None
 
+    def has_best(self) -> bool:
+        """Whether a validation has left a model."""
+        return self.storage.stat(self.uri("best/model.json")) is not None
+
     def write(self, name: str, data: bytes) -> None:
         """Write a file. Raises StorageError."""
         self.storage.write(self.uri(name), data)
@@ -136,10 +150,6 @@ class RunFiles:
         for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
             self.write(f"{name}/{path.name}", path.read_bytes())
 
-
-    def has_best(self) -> bool:
-        """Whether a validation has left a model."""
-        return self.storage.stat(self.uri("best/model.json")) is not None
 
 # --- the driver ---------------------------------------------------------------------------------
 
@@ -446,6 +456,7 @@ class Reporter:
     ) -> None:
         self.trainer, self.data, self.precision, self.mail = trainer, data, precision, mail
         self.files = RunFiles(trainer.config)
+        self.reported = 0, trainer.progress.seconds
         self.rows: list[dict[str, float]] = []
         self.validations = 0
         self.logs: Path | None = None
@@ -467,11 +478,16 @@ class Reporter:
 
     def _row(self) -> dict[str, Any]:
         progress = self.trainer.progress
+        images, seconds = self.reported
         return {
             "step": progress.step,
             "pixels": progress.pixels,
             "seconds": round(progress.seconds, 1),
             "fraction": progress.fraction(self.trainer.config),
+            # Since the last report: crops, and with them the speed, change with the stage.
+            "images_per_s": round(
+                (self.trainer.images - images) / max(1e-9, progress.seconds - seconds), 1
+            ),
         }
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -492,6 +508,7 @@ class Reporter:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self.mail.put(row)
+        self.reported = self.trainer.images, self.trainer.progress.seconds
 
     def _validated(self, row: dict[str, Any]) -> None:
         config, done = self.trainer.config, row["fraction"] >= 1.0
@@ -505,10 +522,9 @@ class Reporter:
         curves = draw_curves([*self.rows, row], title=title)
         self.files.write("curves.png", curves)
         if done or self.validations % SAMPLES_EVERY == 0:
-            pairs = self.trainer.held_out[:SAMPLES]
             # The target of noisy images alone is noise too: nothing to look at or to measure by.
             clean = config.self_supervised is None
-            rows = [(n, c if clean else None, o) for n, c, o in self.trainer.outputs(pairs)]
+            rows = [(n, c if clean else None, o) for n, c, o in self.trainer.shown]
             samples = draw_samples(rows, title=title)
             self.files.write(f"samples/step-{row['step']:07d}.png", samples)
         self.validations += 1
