@@ -1,4 +1,4 @@
-"""Pairs of files by their names: `*_real.JPG` is noisy, `*_mean.JPG` its clean partner.
+"""DATA of trainings and evaluations by names: `*_real.JPG` is noisy, `*_mean.JPG` its partner.
 
 noisy = matched(entries, "*_real.JPG", flag="noisy")
 clean = matched(entries, "*_mean.JPG", flag="clean")
@@ -8,13 +8,30 @@ refuse_unpaired(noisy, clean)
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from denoise_core.errors import UsageError
-from denoise_core.storage import Entry
+from denoise_core.storage import Entry, StorageOptions, expand, is_bundle
 
 NAMED = 5
 """So many files an error names one by one."""
+
+
+def no_images(
+    data: Sequence[str], options: StorageOptions, *, suffixes: Sequence[str]
+) -> UsageError:
+    """Return what to say of DATA without one image file or IDX file; of a Zarr that is there."""
+    uris = (found.uri for found in expand(data, options) if isinstance(found, Entry))
+    zarr = next(filter(is_bundle, uris), None)
+    if zarr is not None:
+        return UsageError(
+            f"No images found in {', '.join(data)} but Zarrs such as {zarr}: training and "
+            "evaluation take image files, .npy and IDX, so convert them; jobs.denoise takes Zarrs."
+        )
+    return UsageError(
+        f"No images found in {', '.join(data)}: expected files with one of the endings "
+        f"{', '.join(suffixes)}, or IDX files."
+    )
 
 
 def matched(entries: Iterable[Entry], pattern: str, *, flag: str) -> dict[str, Entry]:

@@ -30,10 +30,10 @@ from denoise_core.idx import is_idx, read_idx
 from denoise_core.images import data_range, decode, read_header
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.noise import Noise, parse_noise
-from denoise_core.pairs import matched, refuse_unpaired
+from denoise_core.pairs import matched, no_images, refuse_unpaired
 from denoise_core.presets import Preset
 from denoise_core.self_supervised import blind_spots, draw_neighbours, pick
-from denoise_core.storage import Entry, StorageOptions, expand, storage_for
+from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
 
 Array = np.ndarray
 # (low, high) of a noisy image (True) and of a partner in other units (False).
@@ -43,8 +43,8 @@ IMAGE_SUFFIXES = tuple(suffix for group in SUFFIXES.values() for suffix in group
 # Sharp small photographs matter most off-domain: large images also enter at these scales.
 SCALES = (1.0, 0.5)
 LARGE_SIDE = 1000
-# Up to so many files are opened before the start, for their sizes; of more, names are enough.
-MOST_HEADERS = 20_000
+# Up to so many files are opened before the start, for their sizes; of more, so many are looked at.
+MOST_HEADERS, SOME_HEADERS = 20_000, 200
 CACHE_BYTES = 2 << 30
 # Of a collection larger than the cache: images in the moving window, and crops of each.
 WINDOW_IMAGES = 256
@@ -113,9 +113,14 @@ class TrainingData:
             pictures = _without(pictures, held)
         else:
             pictures, held = _split(pictures, config.validation, seed=config.seed)
-        side = _largest_window(config, preset)
-        data = TrainingData(_scaled(pictures, side), held)
-        data._check(config, preset, side)
+        wanted = Wanted.by(config, preset)
+        data = TrainingData(_scaled(pictures, wanted.side), held)
+        every = [*data.training, *data.validation]
+        closed = [picture for picture in every if not picture.height]
+        some = closed[:: len(closed) // SOME_HEADERS + 1]
+        for picture in (*every, *_opened(some, StorageOptions(s3_endpoint=config.s3_endpoint))):
+            if picture.height:
+                wanted.check(picture.name, *picture.sides, picture.channels)
         return data
 
     @property
@@ -123,24 +128,38 @@ class TrainingData:
         """Images to train on, not counting those that enter at several scales twice."""
         return sum(picture.scale == 1.0 for picture in self.training)
 
-    def _check(self, config: TrainConfig, preset: Preset, side: int) -> None:
-        for picture in (*self.training, *self.validation):
-            height, width = picture.sides
-            if not height:
-                continue
-            _check_channels(picture.channels, picture.name)
-            if preset.sample is not None and (height, width) != preset.sample:
-                want = "x".join(map(str, reversed(preset.sample)))
-                raise UsageError(
-                    f"{picture.name}: --preset {config.preset} is for images of {want} px with "
-                    f"{preset.channels} channel(s), such as MNIST; got {width}x{height} px with "
-                    f"{picture.channels}. For photographs choose unet-s or photo-conv."
-                )
-            if min(height, width) < side:
-                raise UsageError(
-                    f"{picture.name}: crops of {side} px do not fit into {width}x{height} px. "
-                    "Leave the image out, give --crop, or choose a preset with smaller crops."
-                )
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an image must be: of 1 or 3 channels and no side below `side` px, or just `sample`."""
+
+    preset: str
+    channels: int
+    sample: tuple[int, int] | None
+    side: int
+
+    @classmethod
+    def by(cls, config: TrainConfig, preset: Preset) -> Wanted:
+        """Return what a training wants; the side is that of the largest window it cuts."""
+        crop = max(stage.crop for stage in stages_of(config, preset))
+        side = 2 * crop if config.mode == "neighbor2neighbor" else crop
+        return cls(config.preset, preset.channels, preset.sample, side)
+
+    def check(self, name: str, height: int, width: int, channels: int) -> None:
+        """Raise UsageError for an image that does not fit."""
+        _check_channels(channels, name)
+        if self.sample is not None and (height, width) != self.sample:
+            want = "x".join(map(str, reversed(self.sample)))
+            raise UsageError(
+                f"{name}: --preset {self.preset} is for images of {want} px with "
+                f"{self.channels} channel(s), such as MNIST; got {width}x{height} px with "
+                f"{channels}. For photographs choose unet-s or photo-conv."
+            )
+        if min(height, width) < self.side:
+            raise UsageError(
+                f"{name}: crops of {self.side} px do not fit into {width}x{height} px. "
+                "Leave the image out, give --crop, or choose a preset with smaller crops."
+            )
 
 
 def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
@@ -154,7 +173,7 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
     for entry in _listed(data, config, options):
         listed.setdefault(entry.uri, entry)
     entries = sorted(listed.values(), key=lambda entry: (entry.path, entry.uri))
-    if config.noisy is not None:
+    if config.noisy is not None and entries:
         noisy = matched(entries, config.noisy, flag="noisy")
         clean = matched(entries, config.clean or "", flag="clean")
         refuse_unpaired(noisy, clean)
@@ -165,17 +184,13 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
     else:
         pictures = [p for entry in entries for p in _pictures(entry, options)]
     if not pictures:
-        raise UsageError(
-            f"No images found in {', '.join(data)}: expected files with one of the endings "
-            f"{', '.join(IMAGE_SUFFIXES)}, or IDX files."
-        )
+        raise no_images(data, options, suffixes=IMAGE_SUFFIXES)
     # Those of IDX files are known already.
     closed = [picture for picture in pictures if not picture.height]
     if len(closed) > MOST_HEADERS:
         return pictures
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        opened = pool.map(lambda picture: _opened(picture, options), closed)
-        return [picture if picture.height else next(opened) for picture in pictures]
+    opened = iter(_opened(closed, options))
+    return [picture if picture.height else next(opened) for picture in pictures]
 
 
 def _listed(data: Sequence[str], config: TrainConfig, options: StorageOptions) -> Iterator[Entry]:
@@ -194,6 +209,8 @@ def _listed(data: Sequence[str], config: TrainConfig, options: StorageOptions) -
                     raise found[1]
                 if own and found.uri.startswith(own):
                     continue
+                if found.uri in data and is_bundle(found.uri):
+                    raise no_images([found.uri], options, suffixes=IMAGE_SUFFIXES)
                 if found.uri in data or _is_wanted(found.path.rpartition("/")[2].lower()):
                     yield found
     except ObjectNotFound as error:
@@ -218,7 +235,12 @@ def _pictures(entry: Entry, options: StorageOptions) -> list[Picture]:
     ]
 
 
-def _opened(picture: Picture, options: StorageOptions) -> Picture:
+def _opened(pictures: Sequence[Picture], options: StorageOptions) -> list[Picture]:
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        return list(pool.map(lambda picture: _with_sides(picture, options), pictures))
+
+
+def _with_sides(picture: Picture, options: StorageOptions) -> Picture:
     try:
         with storage_for(picture.uri, options).open(picture.uri) as file:
             header = read_header(file, name=picture.uri)
@@ -278,12 +300,6 @@ def _is_large(picture: Picture) -> bool:
     return min(picture.height, picture.width) >= LARGE_SIDE and picture.clean_uri is None
 
 
-def _largest_window(config: TrainConfig, preset: Preset) -> int:
-    """Return the side in pixels of the largest window that is cut from an image."""
-    crop = max(stage.crop for stage in stages_of(config, preset))
-    return 2 * crop if config.mode == "neighbor2neighbor" else crop
-
-
 def stages_of(config: TrainConfig, preset: Preset) -> tuple[Any, ...]:
     """Return the preset's stages with --crop, --batch and --batch-scale applied."""
     return tuple(
@@ -311,12 +327,18 @@ def _idx_array(uri: str, options: StorageOptions) -> Array:
 
 
 class Library:
-    """Reads pictures and keeps those last used, up to CACHE_BYTES."""
+    """Reads pictures and keeps those last used, up to CACHE_BYTES; refuses what is not `wanted`."""
 
     def __init__(
-        self, options: StorageOptions, *, channels: int, capacity: int = CACHE_BYTES
+        self,
+        options: StorageOptions,
+        *,
+        channels: int,
+        capacity: int = CACHE_BYTES,
+        wanted: Wanted | None = None,
     ) -> None:
         self.options, self.channels, self.capacity = options, channels, capacity
+        self.wanted = wanted or Wanted("", channels, None, 1)
         self.kept: OrderedDict[Picture, tuple[Array, Array | None]] = OrderedDict()
         # What `to_unit` knows of those that are kept.
         self.ranges: dict[Picture, Ranges] = {}
@@ -365,7 +387,7 @@ class Library:
 
     def _fit(self, image: Array, uri: str) -> Array:
         """Return the image with the network's channels: grey repeated, colour turned to luma."""
-        _check_channels(image.shape[2], uri)
+        self.wanted.check(uri, *image.shape)
         if image.shape[2] == self.channels:
             return image
         if image.shape[2] == 1:
@@ -487,7 +509,7 @@ class Sampler:
         options = StorageOptions(s3_endpoint=config.s3_endpoint)
         return cls(
             pictures,
-            Library(options, channels=preset.channels),
+            Library(options, channels=preset.channels, wanted=Wanted.by(config, preset)),
             parse_noise(config.noise or preset.noise),
             config.seed,
             mode=config.mode,
@@ -557,11 +579,6 @@ class Sampler:
         if "scale" in self.augment:
             most = min(image.shape[:2])
             window = min(most, round(side / rng.uniform(0.6, 1.0)))
-        if min(image.shape[:2]) < window:
-            raise UsageError(
-                f"{picture.name}: crops of {window} px do not fit into "
-                f"{image.shape[1]}x{image.shape[0]} px. Leave the image out or give --crop."
-            )
         top = int(rng.integers(image.shape[0] - window + 1))
         left = int(rng.integers(image.shape[1] - window + 1))
         turns = int(rng.integers(4)) if "rotate90" in self.augment else 0

@@ -757,8 +757,13 @@ def test_nothing_usable_is_told_before_ray(tmp_path: Path):
     with pytest.raises(UsageError, match="no such file or folder"):
         run_evaluation(config(tmp_path / "none", output=str(tmp_path / "o")), watcher=Watcher())
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UsageError, match="No images found"):
+    with pytest.raises(UsageError, match=r"No images found in .*: expected files .*\.png"):
         run_evaluation(config(tmp_path, output=str(tmp_path / "o")), watcher=Watcher())
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr/zarr.json").touch()
+    for data in (tmp_path, tmp_path / "a.zarr"):
+        with pytest.raises(UsageError, match=r"a\.zarr: training and evaluation .* convert them"):
+            run_evaluation(config(data, output=str(tmp_path / "o")), watcher=Watcher())
 
 
 def test_the_printed_table_is_aligned():

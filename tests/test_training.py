@@ -142,6 +142,26 @@ def test_images_are_found_sorted_and_by_ending(tmp_path):
         index(tmp_path / "empty")
 
 
+def test_zarrs_are_named_where_nothing_else_is_found_or_one_is_given(tmp_path):
+    for name in ("a.zarr", "b.ome.zarr"):
+        (tmp_path / "zarrs" / name).mkdir(parents=True)
+        (tmp_path / "zarrs" / name / "zarr.json").touch()
+    zarrs, one = tmp_path / "zarrs", tmp_path / "zarrs/a.zarr"
+    sentence = (
+        r"No images found in .*zarrs.* Zarrs such as .*\.zarr: .* convert them; jobs\.denoise"
+    )
+    with pytest.raises(UsageError, match=sentence):
+        index(zarrs)
+    with pytest.raises(UsageError, match=sentence):
+        index(zarrs, noisy="*_n.png", clean="*_c.png")
+    image = write(tmp_path / "c.png", picture())
+    with pytest.raises(UsageError, match=sentence):
+        index(image, one)
+    shutil.copy(image, zarrs)
+    shutil.copy(image, zarrs / "d.png")
+    assert index(zarrs).files == 1
+
+
 def idx(path: Path, values: np.ndarray) -> Path:
     header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
     path.write_bytes(gzip.compress(header + values.tobytes()))
@@ -229,6 +249,29 @@ def test_small_images_are_named_by_their_headers(tmp_path):
     with pytest.raises(UsageError, match=r"31\.png: crops of 32 px do not fit into 64x31"):
         index(tmp_path)
     assert len(index(tmp_path, crop=16).training) == 1
+
+
+def test_of_many_files_some_are_looked_at_and_the_others_where_they_are_opened(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training_data, "MOST_HEADERS", 6)
+    sentence = r"png: --preset .* is for images of 28x28 px with 1 .*; got 64x48 px with 3"
+    with pytest.raises(UsageError, match=sentence):
+        index(folder, preset=PRESETS["mnist-conv"])
+    with pytest.raises(UsageError, match=r"png: crops of 64 px do not fit into 64x48 px"):
+        index(folder, crop=64)
+    found = index(folder)
+    assert {picture.height for picture in (*found.training, *found.validation)} == {0}
+    monkeypatch.setattr(training_data, "_opened", lambda *_: [])
+    for preset, crop, words in (
+        (PRESETS["mnist-conv"], None, sentence),
+        (TINY, 64, "crops of 64 px do not fit into 64x48 px"),
+    ):
+        draws = sampler(folder, preset, crop=crop)
+        with pytest.raises(UsageError, match=words):
+            draws.batch(step=0, crop=16, places=range(1))
+        with pytest.raises(UsageError, match=words):
+            validation_pairs(draws.pictures, draws, noise=draws.noise, side=28, stride=4)
 
 
 def test_a_preset_for_mnist_refuses_photographs(folder):

@@ -31,8 +31,8 @@ from denoise_core.evaluation.protocol import Scale
 from denoise_core.idx import is_idx, labels_name, read_idx
 from denoise_core.images import MAX_PIXELS, data_range, decode
 from denoise_core.images.codecs import SUFFIXES
-from denoise_core.pairs import matched, refuse_unpaired
-from denoise_core.storage import Entry, StorageOptions, expand, storage_for
+from denoise_core.pairs import matched, no_images, refuse_unpaired
+from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
 
 Array = npt.NDArray[Any]
 
@@ -89,15 +89,12 @@ def find_shots(
     `shown` and `coded` say how many, evenly spread, are marked as such.
     """
     entries = sorted(_listed(config, options), key=lambda entry: (entry.path, entry.uri))
-    if config.paired:
+    if config.paired and entries:
         shots = list(_paired(entries, config, options))
     else:
         shots = [shot for entry in entries for shot in _clean_shots(entry, options)]
     if not shots:
-        raise UsageError(
-            f"No images found in {', '.join(config.data)}: expected files of "
-            f"{', '.join(IMAGE_SUFFIXES)}, or IDX files of images."
-        )
+        raise no_images(config.data, options, suffixes=IMAGE_SUFFIXES)
     shots = spread(_with_own_names(shots), config.limit)
     slow = spread(range(len(shots)), config.limit_slow)
     # Examples are of those that every filter sees, so that all can stand side by side.
@@ -131,6 +128,8 @@ def _listed(config: EvaluateConfig, options: StorageOptions) -> Iterator[Entry]:
         for found in expand(config.data, options):
             if not isinstance(found, Entry):
                 raise found[1]
+            if found.uri in config.data and is_bundle(found.uri):
+                raise no_images([found.uri], options, suffixes=IMAGE_SUFFIXES)
             own = found.uri.startswith(f"{config.output.rstrip('/')}/")
             if not own and _is_wanted(found, config):
                 yield found
