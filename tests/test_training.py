@@ -799,9 +799,14 @@ def test_the_loss_goes_down_and_the_psnr_up(data):
     assert reports[-1][0]["best"] == 1.0
 
 
-def test_a_schedule_reports_and_counts(data):
-    trainer = Trainer(config(), TINY, data)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adadelta"])
+def test_a_schedule_reports_and_counts(data, optimizer):
+    trainer = Trainer(config(weight_decay=0.1), replace(TINY, optimizer=optimizer), data)
+    before = trainer.model.get_weights()
     reports = run(trainer)
+    after = trainer.model.get_weights()
+    assert not any(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+    assert type(trainer.optimizer).__name__.lower() == optimizer
     assert [save for _, save in reports] == [True, True]
     assert all(math.isfinite(value) for metrics, _ in reports for value in metrics.values())
     assert set(reports[0][0]) == {"loss", "val_loss", "psnr", "rate", "best"}
