@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -133,3 +134,20 @@ def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
     worker_hook.start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 2 MB; `mount -o remount,size=...` makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("needs the right to mount a disk of its own")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

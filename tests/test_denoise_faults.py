@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,23 +123,6 @@ def start_hooked(*arguments: Any, before: list[str] | None = None) -> subprocess
         start_new_session=True,
         env=job_environment(),
     )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of 2 MB; `mount -o remount,size=...` makes it larger."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = (
-        shutil.which("mount")
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
-        ).returncode
-    )
-    if not mounted:
-        pytest.skip("needs the right to mount a disk of its own")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize(

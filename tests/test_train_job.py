@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +29,20 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig
-from denoise_core.errors import CheckpointError, DenoiseError, OutputLocked, RunFailed, UsageError
+from denoise_core.errors import (
+    CheckpointError,
+    DenoiseError,
+    OutputLocked,
+    RunFailed,
+    StorageUnavailable,
+    UsageError,
+)
 from denoise_core.lock import output_lock
 from denoise_core.models import build_model
 from denoise_core.presets import PRESETS
 from denoise_core.storage import LocalStorage, storage_for
 from denoise_core.training import Plan, Trainer, prepare, psnr_of
-from jobs.train import Display
+from jobs.train import Display, main
 
 STEPS, EVERY = 200, 20
 
@@ -166,6 +174,51 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
         run_training(prepare(config, TINY), show=rows.append)
     assert [row for row in rows if not (row.get("tick") or "note" in row)] == []
+
+
+@pytest.mark.ray
+def test_a_disk_that_fills_ends_the_job_in_one_sentence(
+    ray_session, data, small_disk, monkeypatch, capfd
+):
+    arguments = {"widths": (32, 64), "blocks": (1, 1), "channels": 3}
+    # The model fits on the disk, its state with averages and moments does not.
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, arguments=arguments))
+    words = [data, "--output", small_disk / "out", "--preset", "tiny", "--steps", 2]
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in (*words, "--threads", 1, "--input", "thread")])
+    assert ended.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == "6 images, 1 of them held out for validation.\n"
+    sentence = r"Error: .*: no space left\. The last checkpoint is good: make room and go on .*\n"
+    assert re.fullmatch(sentence, err)
+    assert (small_disk / "out/best/model.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EDQUOT, "", "/out/a"), "/out/a: no space left. The last checkpoint is good"),
+        (
+            OSError(errno.EIO, "broken"),
+            "out or /.*: broken. The last checkpoint is good: make room",
+        ),
+        (StorageUnavailable("/a: full"), "/a: full. The last checkpoint is good: go on with --res"),
+    ],
+    ids=repr,
+)
+def test_a_worker_that_cannot_write_says_so_in_a_sentence(monkeypatch, error, sentence):
+    from denoise_core.pipelines import train
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "_train", fail)
+    monkeypatch.setattr(train.ray, "get", lambda reference: reference)
+    settings, mail = asdict(TrainConfig(data=("in",), output="out", steps=1)), Outbox()
+    train._train_worker({"config": settings, "preset": TINY, "data": None, "mail": mail})
+    (told,) = mail
+    assert isinstance(told, RunFailed)
+    assert re.match(sentence, str(told))
 
 
 def test_a_training_that_has_no_room_is_refused_on_a_machine_and_noted_on_a_cluster():

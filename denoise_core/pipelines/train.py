@@ -358,9 +358,11 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         try:
             _train(config, arguments["preset"], data, arguments["mail"], arguments["init_hash"])
         except OSError as error:
-            raise _disk_error(error) from error
+            raise _disk_error(error, config.output) from error
         except StorageError as error:
-            raise RunFailed(f"{error} The last checkpoint is good: go on with --resume.") from error
+            raise RunFailed(
+                f"{error}. The last checkpoint is good: go on with --resume."
+            ) from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, DenoiseError) else None
             if cause is None:
@@ -374,12 +376,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             raise
 
 
-def _disk_error(error: OSError) -> RunFailed:
+def _disk_error(error: OSError, output: str) -> RunFailed:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "no space left" if full else error.strerror or str(error)
+    where = error.filename or f"{output} or {tempfile.gettempdir()}"
     return RunFailed(
-        f"{error.filename or 'the output'}: {what}. The last checkpoint is good: make room and go "
-        "on with --resume."
+        f"{where}: {what}. The last checkpoint is good: make room and go on with --resume."
     )
 
 
