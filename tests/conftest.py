@@ -131,6 +131,8 @@ def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("s3_server")
     import ray
 
+    # Ray Train looks every two seconds whether a worker has reported, and it waits for that.
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     worker_hook.start_ray()
     yield
     ray.shutdown()

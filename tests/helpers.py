@@ -110,6 +110,23 @@ def files_below(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
 
 
+def files_with(hidden: list[str], folder: Path) -> list[str]:
+    """The files below a folder that hold one of these texts."""
+    return [
+        name
+        for name in files_below(folder)
+        if (folder / name).is_file()
+        and any(text.encode() in (folder / name).read_bytes() for text in hidden)
+    ]
+
+
+def ray_folder() -> Path:
+    """Where this process's Ray keeps logs and packages."""
+    import ray
+
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
 def job_environment(**more: str) -> dict[str, str]:
     """The environment of a job's process: no settings of the tester's own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DENOISE_", "RAY_ADDRESS"))}

@@ -25,6 +25,7 @@ import tifffile
 from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture, rows_of
 from PIL import Image
 
+from denoise_core.checkpoints import load_checkpoint
 from denoise_core.choice import residual_rms
 from denoise_core.errors import RunFailed, UsageError
 from denoise_core.images import decode
@@ -330,7 +331,6 @@ def test_run_json_and_report_tell_of_the_run(job: Any) -> None:
 
 def test_model_sees_the_image(job: Any, checkpoint: str) -> None:
     """The pipeline's pixels are those of the bare denoiser."""
-    from denoise_core.checkpoints import load_checkpoint
     from denoise_core.denoiser import Denoiser
 
     bare = Denoiser(load_checkpoint(checkpoint), precision="float32")
@@ -478,6 +478,25 @@ def test_an_image_that_the_model_would_hardly_change_is_copied(
         same = source if copied else tmp_path / "all/images"
         assert (tmp_path / "out/images" / name).read_bytes() == (same / name).read_bytes()
         assert (row["sigma_out"] == row["sigma_in"]) == copied
+
+
+def test_auto_chooses_a_model_for_each_image(ray_session: None, tmp_path: Path) -> None:
+    """By what the file shows: a JPEG of 8 bits comes from a camera, a PNG or 16 bits do not."""
+    source = tmp_path / "in"
+    source.mkdir()
+    pixels = as_dtype(picture(90, 120, 3, sigma=25), "uint8")
+    (source / "scan.png").write_bytes(png_bytes(pixels))
+    (source / "photo.jpg").write_bytes(bytes(imagecodecs.jpeg_encode(pixels, 80)))
+    tifffile.imwrite(source / "deep.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
+    denoise(source, tmp_path / "out", "auto")
+    rows = by_name(tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(rows, "ok")
+    assert {name: (row["model_id"], row["model_hash"]) for name, row in rows.items()} == {
+        name: (model, load_checkpoint(model).hash)
+        for name, model in {
+            "scan.png": "unet-s", "photo.jpg": "unet-s-photo", "deep.tif": "unet-s"
+        }.items()
+    }  # fmt: skip
 
 
 def test_format_depth_and_strength_zero(job: Any, checkpoint: str, tmp_path: Path) -> None:

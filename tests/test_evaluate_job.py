@@ -13,7 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import S3Server
-from helpers import as_dtype, files_below, make_checkpoint, make_keras_file, picture
+from helpers import (
+    as_dtype,
+    files_below,
+    files_with,
+    make_checkpoint,
+    make_keras_file,
+    picture,
+    ray_folder,
+)
 from test_evaluate import write_idx
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
@@ -125,6 +133,9 @@ def test_idx_on_s3_by_the_command(
     assert "'broken.png' (NotAnImage)" in done.output
     assert "Over the error budget: 7.7%" in done.output
     out = folder.parent / "out"
+    hidden = [s3_server.secret_key, s3_server.access_key]
+    assert [secret for secret in hidden if secret in done.output] == []
+    assert files_with(hidden, out) + files_with(hidden, ray_folder()) == []
     summary = json.loads((out / "summary.json").read_text())
     assert summary["images"] == {"total": 13, "ok": 12, "failed": 1}
     assert (out / "evaluation.html").read_bytes().startswith(b"<!doctype html>")

@@ -27,7 +27,7 @@ import imagecodecs
 import psutil
 import pytest
 from conftest import S3Server, free_port
-from helpers import as_dtype, files_below, job_environment, picture, rows_of
+from helpers import as_dtype, files_below, files_with, job_environment, picture, rows_of
 
 ROOT = Path(__file__).parents[1]
 IMAGES = 400
@@ -184,25 +184,15 @@ def test_submit_stop_resubmit_and_no_secret_in_what_ray_keeps(
     hidden = [s3_server.secret_key, s3_server.access_key, head.token]
     records = json.dumps([head.get("jobs/"), [head.get(f"jobs/{n}/logs") for n in JOBS]])
     assert [secret for secret in hidden if secret in records] == []
-    assert find(hidden, head.folder) == []
-    assert find(hidden, out) == []
+    assert files_with(hidden, head.folder) == []
+    assert files_with(hidden, out) == []
     assert [line for line in command_lines() if any(secret in line for secret in hidden)] == []
     # The search does find what is there.
     (head.folder / "planted.log").write_bytes(b"\x00" + hidden[0].encode())
-    assert find(hidden, head.folder) == ["planted.log"]
+    assert files_with(hidden, head.folder) == ["planted.log"]
 
 
 JOBS = ("first", "second", "third", "wrong")
-
-
-def find(hidden: list[str], folder: Path) -> list[str]:
-    """The files below a folder that hold one of these texts."""
-    return [
-        name
-        for name in files_below(folder)
-        if (folder / name).is_file()
-        and any(secret.encode() in (folder / name).read_bytes() for secret in hidden)
-    ]
 
 
 def command_lines() -> list[str]:

@@ -672,7 +672,7 @@ def test_sigkill_of_everything_and_resume(job: Path, checkpoint: str, tmp_path: 
     shutil.copytree(job / "in/sub/big.ome.zarr", source / "slow-big.ome.zarr")
     flags = ["--model", checkpoint, "--precision", "float32", "--actors", "1", "--region", "512"]
     process = start_hooked(source, "--output", out, *flags)
-    wait_until(lambda: len(list(out.glob(".denoise/regions/*/*.json"))) >= 2, process)
+    wait_until(lambda: any(out.glob(".denoise/regions/*/*.json")), process)
     kill_everything(process)
     assert not (out / "images").exists()
     staged = sorted(out.glob(".denoise/regions/*/*.json"))

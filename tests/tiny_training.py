@@ -23,6 +23,8 @@ TINY = Preset(
     stages=(Stage(0.0, 16, 4),),
     warmup_steps=4,
     ema=0.9,
+    # Compiling takes as long as all else that a worker does.
+    xla=False,
 )
 SCRIPT = Path(__file__)
 
