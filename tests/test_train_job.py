@@ -597,7 +597,7 @@ def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_pat
     assert [secret for secret in hidden if secret.encode() in kept] == []
     run = s3_server.root / output.removeprefix("s3://")
     assert files_with(hidden, run) + files_with(hidden, ray_folder()) == []
-    assert files_with(["tiny"], run)
+    assert files_with([config.preset], run)
     *_, exported, last = text.splitlines()
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert exported.startswith(f"Exported to {output}/export/unet-s; run beside the model it ")
