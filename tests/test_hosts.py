@@ -57,6 +57,9 @@ def hosts() -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def quiet(hosts: Hosts) -> dict[str, bytes]:
     """The outputs of an undisturbed run."""
+    # The first run of a cluster is slower: its time is not what faults are held against.
+    hosts.denoise("first", "first")
+    assert hosts.wait("first") == "SUCCEEDED", hosts.log("first")
     hosts.denoise("quiet", "quiet")
     assert hosts.wait("quiet") == "SUCCEEDED", hosts.log("quiet")
     hosts.undisturbed_s = hosts.took("quiet", "quiet")
