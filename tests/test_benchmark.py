@@ -222,6 +222,8 @@ def test_scale_runs_the_pipeline_with_a_device_that_sleeps(checkpoint: str, tmp_
     assert done.returncode == 0, done.stderr
     data = read(tmp_path, "scale")
     assert data["device"] == {"patch_ms": 50.0}
+    config = ScaleConfig(output="x", actors="2,1", images=60, least=40)
+    assert [(n, config.images_of(n)) for n in config.counts] == [(1, 40), (2, 60)]
     (simulated,) = data["runs"]
     assert (simulated["actors"], simulated["images"]) == (2, 60)
     check_simulated_run(simulated)

@@ -144,6 +144,9 @@ def test_an_output_that_fails_midway_ends_the_run_and_the_rerun_completes(
     trouble: str,
     sentence: str,
 ) -> None:
+    if trouble == "forbidden" and os.geteuid() == 0 and not BOUND:
+        pytest.skip("root may write everywhere, and there is no setpriv")
+
     def remount(options: str) -> bool:
         command = ["mount", "-o", f"remount,{options}", str(small_disk)]
         return subprocess.run(command, capture_output=True).returncode == 0
