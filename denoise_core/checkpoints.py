@@ -22,7 +22,7 @@ import numpy as np
 from denoise_core.config import nearest
 from denoise_core.errors import CheckpointError, ObjectNotFound, UsageError
 from denoise_core.keras_files import is_keras_file, load_model, read_card
-from denoise_core.models import architecture
+from denoise_core.models import architecture, can_trim
 from denoise_core.storage import (
     LocalStorage,
     StorageOptions,
@@ -105,14 +105,22 @@ class Checkpoint:
                 "the file is damaged or of another model."
             )
 
-    def build(self, *, precision: str = "float32") -> Any:
-        """Build the Keras model and set its weights. Raises CheckpointError."""
+    @property
+    def can_trim(self) -> bool:
+        """Whether `build` can make a model that takes [windows, context]."""
+        return can_trim(self.card["architecture"])
+
+    def build(self, *, precision: str = "float32", trimmed: bool = False) -> Any:
+        """Build the Keras model and set its weights; see `build_model`. Raises CheckpointError."""
         from denoise_core.models import build_model
 
         weights = self.weights()
         try:
             model = build_model(
-                self.card["architecture"], precision=precision, **self.card["arguments"]
+                self.card["architecture"],
+                precision=precision,
+                trimmed=trimmed,
+                **self.card["arguments"],
             )
             model.set_weights(weights)
         except (UsageError, ValueError, TypeError, IndexError) as error:
@@ -133,7 +141,12 @@ class KerasCheckpoint(Checkpoint):
         """Read the weights as float32 arrays in the model's order. Raises CheckpointError."""
         return [np.asarray(each, np.float32) for each in self.build().get_weights()]
 
-    def build(self, *, precision: str = "float32") -> Any:
+    @property
+    def can_trim(self) -> bool:
+        """Whether `build` can make a model that takes [windows, context]: never."""
+        return False
+
+    def build(self, *, precision: str = "float32", trimmed: bool = False) -> Any:
         """Load the Keras model, (N, h, w, C) -> the same. Raises CheckpointError."""
         return load_model(self.weights_path, sha256=self.hash)
 

@@ -30,8 +30,17 @@ import numpy as np
 from denoise_core.checkpoints import Checkpoint
 from denoise_core.errors import UsageError
 from denoise_core.images import data_range, to_dtype
-from denoise_core.patches import Cut, batches, core_of, cut, is_wide, stack
-from denoise_core.tiling import Region, fixed_regions, regions, round_up
+from denoise_core.patches import (
+    NO_CONTEXT,
+    Context,
+    Cut,
+    batches,
+    core_of,
+    cut,
+    is_wide,
+    stack,
+)
+from denoise_core.tiling import Patch, Region, fixed_regions, regions, round_up
 
 Array = np.ndarray
 
@@ -194,10 +203,18 @@ class Denoiser:
             self._most = 1
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._channels = int(checkpoint.card["arguments"].get("channels", 3))
-        model = in_unit_range(checkpoint.build(precision=self.precision), checkpoint.card)
+        self._trims = checkpoint.can_trim
+        network = checkpoint.build(precision=self.precision, trimmed=self._trims)
+
+        def model(windows: Any, context: Any) -> Any:
+            def on(x: Any, *, training: bool) -> Any:
+                return network([x, context] if self._trims else x, training=training)
+
+            return in_unit_range(on, checkpoint.card)(windows)
+
         sides = self.geometry.input_size or (None, None)
         shape = tf.TensorSpec((None, *sides, self._channels), tf.float32)
-        self._model = tf.function(model, input_signature=[shape])
+        self._model = tf.function(model, input_signature=[shape, tf.TensorSpec((4,), tf.int32)])
         self._constant = tf.constant
 
     def warm_up(self) -> None:
@@ -206,15 +223,20 @@ class Denoiser:
         sides = self.geometry.input_size or (side, side)
         self.predict(np.zeros((1, *sides, self._channels), np.float32))
 
-    def predict(self, batch: Array) -> Array:
+    def context(self, patch: Patch) -> Context:
+        """Return what the model takes off the patch's window; nothing where it cannot do so."""
+        return patch.context(self.geometry.stride) if self._trims else NO_CONTEXT
+
+    def predict(self, batch: Array, context: Context = NO_CONTEXT) -> Array:
         """Run the bare model on (N, h, w, C) float32, [0, 1] as black and white.
 
-        h and w are multiples of the model's stride or, where it has one, its input size.
+        h and w are multiples of the model's stride or, where it has one, its input size. The result
+        has the pixels of `context` less on each side.
         """
         if not self._alone or len(batch) == 1:
-            return self._model(self._constant(batch)).numpy()
+            return self._model(self._constant(batch), self._constant(context)).numpy()
         singles = [batch[place : place + 1] for place in range(len(batch))]
-        return np.concatenate(list(self._map(self.predict, singles)))
+        return np.concatenate(list(self._map(lambda one: self.predict(one, context), singles)))
 
     def _map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
         return map(function, items) if self._pool is None else self._pool.map(function, items)
@@ -250,7 +272,7 @@ class Denoiser:
             y0, y1, x0, x1 = part.region.core
             results.append(np.empty((y1 - y0, x1 - x0, part.pixels.shape[2]), part.dtype))
         todo = [
-            Cut(source, patch, plane)
+            Cut(source, patch, plane, self.context(patch))
             for source, part in enumerate(parts)
             for patch in part.region.patches
             for plane in self._planes(part.pixels.shape[2])
@@ -258,7 +280,7 @@ class Denoiser:
 
         def run(batch: list[Cut]) -> None:
             windows = [self._window(parts[item.source], item) for item in batch]
-            outputs = self.predict(stack(windows))
+            outputs = self.predict(stack(windows), batch[0].context)
             for item, noisy, output in zip(batch, windows, outputs, strict=False):
                 self._paste(parts[item.source], item, (noisy, output), into=results[item.source])
 
@@ -279,7 +301,8 @@ class Denoiser:
         return np.repeat(window, self._channels, axis=2)
 
     def _paste(self, part: Part, item: Cut, pair: tuple[Array, Array], *, into: Array) -> None:
-        noisy, values = (core_of(window, item.patch) for window in pair)
+        noisy = core_of(pair[0], item.patch)
+        values = core_of(pair[1], item.patch, item.context)
         if self.strength != 1.0:
             values = noisy + np.float32(self.strength) * (values - noisy)
         if into.shape[2] != self._channels:

@@ -16,18 +16,22 @@ import numpy as np
 from denoise_core.tiling import Patch
 
 Array = np.ndarray
+Context = tuple[int, int, int, int]
+NO_CONTEXT: Context = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A patch of one of several images: `source` is the image's place in its list.
 
-    `plane` is the channel that the patch is of, or None for all channels together.
+    `plane` is the channel that the patch is of, or None for all channels together; `context` what
+    the model takes off its window, in pixels at the top, bottom, left and right.
     """
 
     source: int
     patch: Patch
     plane: int | None
+    context: Context = NO_CONTEXT
 
 
 def cut(pixels: Array, patch: Patch, *, origin: tuple[int, int], low: float, high: float) -> Array:
@@ -58,24 +62,26 @@ def is_wide(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize > (4 if dtype.kind == "f" else 2)
 
 
-def core_of(window: Array, patch: Patch) -> Array:
-    """Return the core's part (h, w, C) of a window's values."""
+def core_of(window: Array, patch: Patch, context: Context = NO_CONTEXT) -> Array:
+    """Return the core's part (h, w, C) of a window's values, of which `context` is off already."""
+    top, _, left, _ = context
     y, x = patch.y, patch.x
-    return window[y.start - y.first : y.stop - y.first, x.start - x.first : x.stop - x.first]
+    rows = slice(y.start - y.first - top, y.stop - y.first - top)
+    return window[rows, x.start - x.first - left : x.stop - x.first - left]
 
 
 def batches(cuts: Iterable[Cut], *, batch_pixels: int, most: int) -> Iterator[list[Cut]]:
-    """Group patches of one window shape, of whatever images, to batches.
+    """Group patches of one window shape and context, of whatever images, to batches.
 
     A batch has as many patches as fit into `batch_pixels`, at least one and at most `most`.
     """
-    waiting: dict[tuple[int, int], list[Cut]] = defaultdict(list)
+    waiting: dict[Any, list[Cut]] = defaultdict(list)
     for item in cuts:
-        shape = item.patch.shape
-        size = batch_size(shape, batch_pixels=batch_pixels, most=most)
-        waiting[shape].append(item)
-        if len(waiting[shape]) == size:
-            yield waiting.pop(shape)
+        kind = item.patch.shape, item.context
+        size = batch_size(item.patch.shape, batch_pixels=batch_pixels, most=most)
+        waiting[kind].append(item)
+        if len(waiting[kind]) == size:
+            yield waiting.pop(kind)
     yield from waiting.values()
 
 

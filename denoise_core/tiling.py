@@ -13,6 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+# A window at an end of an axis is cut to what its core needs in steps of so many pixels.
+STEP = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -28,6 +31,11 @@ class Tile:
         """Length of the window."""
         return self.last - self.first
 
+    def context(self, stride: int) -> tuple[int, int]:
+        """Pixels of the window before and behind the core, in whole multiples of `stride`."""
+        before, behind = self.start - self.first, max(0, self.last - self.stop)
+        return before - before % stride, behind - behind % stride
+
 
 @dataclass(frozen=True, slots=True)
 class Patch:
@@ -40,6 +48,10 @@ class Patch:
     def shape(self) -> tuple[int, int]:
         """Height and width of the window."""
         return self.y.length, self.x.length
+
+    def context(self, stride: int) -> tuple[int, int, int, int]:
+        """Context at the top, bottom, left and right; see `Tile.context`."""
+        return *self.y.context(stride), *self.x.context(stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +95,8 @@ def split(length: int, *, core: int, halo: int, stride: int) -> tuple[Tile, ...]
 
     `core` and `halo` are rounded up to multiples of `stride`. An axis of at most two cores stays
     whole: cutting it would cost two halos and save nothing. A last core that would fit into the
-    halo behind its neighbour is merged with it. All windows of a cut axis have one of two lengths,
-    core + halo or core + 2 halo, so that patches of many images stack.
+    halo behind its neighbour is merged with it. Windows of a cut axis have few lengths, so that
+    patches of many images stack: core + halo, core + 2 halo and shorter multiples of STEP.
     """
     if length < 1 or core < 1 or halo < 0:
         raise ValueError(f"split({length}, core={core}, halo={halo}): sizes must be positive")
@@ -97,14 +109,15 @@ def split(length: int, *, core: int, halo: int, stride: int) -> tuple[Tile, ...]
         starts.pop()
     stops = [*starts[1:], length]
     return tuple(
-        _tile(start, stop, padded=padded, core=core, halo=halo)
+        _tile(start, stop, padded=padded, core=core, halo=halo, step=round_up(STEP, stride))
         for start, stop in zip(starts, stops, strict=True)
     )
 
 
-def _tile(start: int, stop: int, *, padded: int, core: int, halo: int) -> Tile:
+def _tile(start: int, stop: int, *, padded: int, core: int, halo: int, step: int) -> Tile:
     needed = min(padded, stop + halo) - max(0, start - halo)
-    size = core + halo if needed <= core + halo else core + 2 * halo
+    sizes = (round_up(needed, step), core + halo, core + 2 * halo)
+    size = min(size for size in sizes if size >= needed)
     first = min(max(0, start - halo), padded - size)
     return Tile(start, stop, first, first + size)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from denoise_core.errors import UsageError
-from denoise_core.models import MODELS, architecture, build_model, input_size
+from denoise_core.models import MODELS, architecture, build_model, can_trim, input_size
 from denoise_core.presets import PRESETS, preset
 
 keras = pytest.importorskip("keras")
@@ -37,6 +37,29 @@ def random_weights(model, rng):
         ]
     )
     return model
+
+
+CONTEXTS = ((0, 0, 0, 0), (16, 16, 16, 16), (48, 32, 0, 8), (0, 8, 64, 0))
+
+
+@pytest.mark.parametrize("arguments", SMALL, ids=str)
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+def test_trimmed_models_give_the_core_of_the_whole_one(arguments, context):
+    rng = np.random.default_rng(0)
+    whole = random_weights(build_model("unet", **arguments), rng)
+    trimmed = build_model("unet", trimmed=True, **arguments)
+    trimmed.set_weights(whole.get_weights())
+    windows = rng.random((2, 112, 96, 1), dtype=np.float32)
+    top, bottom, left, right = context
+    expected = np.asarray(whole(windows))[:, top : 112 - bottom, left : 96 - right]
+    got = np.asarray(trimmed([windows, np.array(context, np.int32)]))
+    assert np.abs(expected - windows[:, top : 112 - bottom, left : 96 - right]).max() > 0.01
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_models_that_can_trim_say_so(name):
+    assert can_trim(name) == (name == "unet")
 
 
 def context_needed(predict, *, stride, halo):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from denoise_core.tiling import fixed_regions, regions, round_up, split, split_fixed
+from denoise_core.tiling import STEP, fixed_regions, regions, round_up, split, split_fixed
 
 LENGTHS = st.integers(1, 5000)
 CORES = st.sampled_from([32, 64, 100, 256, 512])
@@ -37,11 +37,27 @@ def test_windows_hold_core_and_halo_and_start_on_the_stride(length, core, halo, 
 
 
 @given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES)
-def test_cut_axes_have_at_most_two_window_lengths(length, core, halo, stride):
+def test_cut_axes_have_few_window_lengths_and_pay_for_little_more_than_they_need(
+    length, core, halo, stride
+):
     tiles = split(length, core=core, halo=halo, stride=stride)
     if len(tiles) > 1:
-        core, halo = round_up(core, stride), round_up(halo, stride)
-        assert {tile.length for tile in tiles} <= {core + halo, core + 2 * halo}
+        core, halo, padded = (round_up(value, stride) for value in (core, halo, length))
+        for tile in tiles:
+            needed = min(padded, tile.stop + halo) - max(0, tile.start - halo)
+            assert tile.length in (core + halo, core + 2 * halo) or tile.length % STEP == 0
+            assert needed <= tile.length <= core + 2 * halo
+            assert tile.length < round_up(needed, stride) + STEP
+
+
+@given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES)
+def test_context_is_what_lies_around_the_core_in_whole_strides(length, core, halo, stride):
+    for tile in split(length, core=core, halo=halo, stride=stride):
+        before, behind = tile.context(stride)
+        assert before % stride == behind % stride == 0
+        assert 0 <= tile.start - (tile.first + before) < stride
+        assert tile.last - behind >= tile.stop
+        assert behind == 0 or tile.last - behind - tile.stop < stride
 
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), region=st.sampled_from([256, 1024]))

@@ -26,10 +26,11 @@ def poison(stage: str, name: str) -> None:
 
 
 def install() -> None:
-    from denoise_core.pipelines import stages
+    from denoise_core.pipelines import flow, stages
 
     stages.REGION_FROM_PIXELS = REGION_FROM_PIXELS
     decode, encode_, part = stages.decode, stages.Write._write, stages.Denoise._part
+    publish = flow.publish_image
 
     def faulty_decode(data: bytes, *, name: str, **more: Any) -> Any:
         poison("read", name)
@@ -55,9 +56,15 @@ def install() -> None:
         poison("write", item.facts["path"])
         encode_(self, item)
 
+    def slow_publish(job: Any, facts: Any) -> Any:
+        if "slow" in facts["path"]:
+            time.sleep(3.0)
+        return publish(job, facts)
+
     stages.decode = faulty_decode
     stages.Denoise._part = faulty_part  # type: ignore[method-assign]
     stages.Write._write = faulty_write  # type: ignore[method-assign]
+    flow.publish_image = slow_publish
 
 
 def start_ray() -> None:

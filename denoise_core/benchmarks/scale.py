@@ -33,6 +33,7 @@ from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import require, setting
 from denoise_core.denoiser import GPU_BATCH_PIXELS, Denoiser
 from denoise_core.errors import UsageError
+from denoise_core.tiling import Patch, Tile
 
 BUSY = 0.95
 # Ours and others' work leaves less than this share of the cores idle: the machine is saturated.
@@ -124,15 +125,18 @@ def run(config: ScaleConfig) -> Result:
 def patch_time(model: str, model_range: str, least_s: float) -> dict[str, Any]:
     """Time the bare model on windows of full size, with all of this machine's device."""
     denoiser = Denoiser(load_checkpoint(model, model_range=model_range))
-    side = denoiser.geometry.patch + 2 * denoiser.geometry.halo
+    halo = denoiser.geometry.halo
+    side = denoiser.geometry.patch + 2 * halo
     gpu = max(1, min(MOST_PATCHES, GPU_BATCH_PIXELS // side**2))
     count = gpu if denoiser.device == "gpu" else STACK * denoiser.threads
     channels = int(denoiser.card["arguments"].get("channels", 3))
     batch = np.random.default_rng(0).random((count, side, side, channels), np.float32)
-    denoiser.predict(batch)
+    tile = Tile(halo, side - halo, 0, side)
+    context = denoiser.context(Patch(tile, tile))
+    denoiser.predict(batch, context)
     done, started = 0, time.perf_counter()
     while done == 0 or time.perf_counter() - started < least_s:
-        denoiser.predict(batch)
+        denoiser.predict(batch, context)
         done += count
     seconds = time.perf_counter() - started
     return {

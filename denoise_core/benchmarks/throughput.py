@@ -39,7 +39,7 @@ from denoise_core.denoiser import (
     resolve_geometry,
 )
 from denoise_core.images import data_range, decode, encode, to_dtype
-from denoise_core.patches import Cut, batch_size, batches, cut, stack
+from denoise_core.patches import Context, Cut, batch_size, batches, cut, stack
 
 Array = np.ndarray
 
@@ -120,12 +120,12 @@ def bare_model(
     """
     denoiser = Denoiser(load_checkpoint(model, model_range=model_range), precision=precision)
     stacks, core, window = _stacks(denoiser, picture_files(folder))
-    for shape in {each.shape: each for each in stacks}.values():
-        denoiser.predict(shape)
+    for each in {(batch.shape, context): (batch, context) for batch, context in stacks}.values():
+        denoiser.predict(*each)
     passes, started = 0, time.perf_counter()
     while passes == 0 or time.perf_counter() - started < least_s:
         for each in stacks:
-            denoiser.predict(each)
+            denoiser.predict(*each)
         passes += 1
     seconds = time.perf_counter() - started
     return {
@@ -141,7 +141,9 @@ def bare_model(
     }
 
 
-def _stacks(denoiser: Denoiser, files: Sequence[Path]) -> tuple[list[Array], int, int]:
+def _stacks(
+    denoiser: Denoiser, files: Sequence[Path]
+) -> tuple[list[tuple[Array, Context]], int, int]:
     """Full batches of the first images' patches, and the pixels of their cores and windows."""
     images = []
     for path in files:
@@ -149,7 +151,7 @@ def _stacks(denoiser: Denoiser, files: Sequence[Path]) -> tuple[list[Array], int
         if sum(pixels[..., 0].size for pixels in images) >= BARE_PIXELS:
             break
     todo = [
-        Cut(source, patch, None)
+        Cut(source, patch, None, denoiser.context(patch))
         for source, pixels in enumerate(images)
         for (region,) in [denoiser.geometry.regions(*pixels.shape[:2])]
         for patch in region.patches
@@ -157,13 +159,14 @@ def _stacks(denoiser: Denoiser, files: Sequence[Path]) -> tuple[list[Array], int
     limit = GPU_BATCH_PIXELS if denoiser.device == "gpu" else CPU_BATCH_PIXELS
     # On a CPU a stack is patches that go alone, in as many threads: enough for all to be busy.
     limit *= BARE_STACK * denoiser.threads if denoiser.threads > 1 else 1
-    stacks: list[Array] = []
+    stacks: list[tuple[Array, Context]] = []
     core = window = 0
     for batch in batches(todo, batch_pixels=limit, most=MOST_PATCHES):
         shape = batch[0].patch.shape
         if len(batch) < batch_size(shape, batch_pixels=limit, most=MOST_PATCHES) and stacks:
             continue
-        stacks.append(stack([_window(images[item.source], item) for item in batch]))
+        windows = [_window(images[item.source], item) for item in batch]
+        stacks.append((stack(windows), batch[0].context))
         window += len(batch) * shape[0] * shape[1]
         core += sum(
             (item.patch.y.stop - item.patch.y.start) * (item.patch.x.stop - item.patch.x.start)

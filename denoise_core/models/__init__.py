@@ -14,7 +14,8 @@ from denoise_core.models import autoencoder, dense, unet
 MODELS = {"unet": unet, "autoencoder": autoencoder, "dense": dense}
 """Architecture name -> module with `build(**arguments)`, `total_stride(...)`, `exact_halo(...)` and
 `mflop_per_pixel(...)`, all of which take the same arguments; `input_size(...)` where the network
-takes one size only."""
+takes one size only, `build_trimmed(...)` where it can leave out what a window's core does not need
+(see `unet`)."""
 
 
 def architecture(name: str) -> Any:
@@ -30,10 +31,18 @@ def input_size(name: str, **arguments: Any) -> tuple[int, int] | None:
     return module.input_size(**arguments) if hasattr(module, "input_size") else None
 
 
-def build_model(name: str, *, precision: str = "float32", **arguments: Any) -> Any:
+def can_trim(name: str) -> bool:
+    """Return whether an architecture can leave out what a window's core does not need."""
+    return hasattr(architecture(name), "build_trimmed")
+
+
+def build_model(
+    name: str, *, precision: str = "float32", trimmed: bool = False, **arguments: Any
+) -> Any:
     """Build a Keras model of (N, H, W, C) float values, with fresh weights.
 
-    `precision` is 'float32', or 'bfloat16' for bfloat16 compute over float32 weights.
+    `precision` is 'float32', or 'bfloat16' for bfloat16 compute over float32 weights. A `trimmed`
+    one takes [windows, context]; see `unet.build_trimmed`.
     """
     import keras
 
@@ -41,6 +50,7 @@ def build_model(name: str, *, precision: str = "float32", **arguments: Any) -> A
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
-        return architecture(name).build(**arguments)
+        module = architecture(name)
+        return module.build_trimmed(**arguments) if trimmed else module.build(**arguments)
     finally:
         keras.config.set_dtype_policy(previous)

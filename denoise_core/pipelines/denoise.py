@@ -29,8 +29,6 @@ from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import (
-    Entry,
-    Selection,
     Storage,
     StorageOptions,
     absolute,
@@ -352,16 +350,10 @@ class _Run:
         build_report(self.out, self.job.options)
 
     def _sweep(self, folder: str) -> None:
-        """Delete what is of no use once a run is over; killed runs leave some.
-
-        Regions may be on their way out meanwhile, so that one that is gone is no end of it.
-        """
+        """Delete what is of no use once a run is over; killed runs leave some, hidden files too."""
         with suppress(ObjectNotFound):
-            for found in list(self.storage.walk(join(self.out, ".denoise", folder), Selection())):
-                if isinstance(found, Entry):
-                    self.storage.delete(found.uri)
-                elif not isinstance(found[1], ObjectNotFound):
-                    raise found[1]
+            for entry in list(self.storage.tree(join(self.out, ".denoise", folder))):
+                self.storage.delete(entry.uri)
 
     def _plan(self) -> list[str]:
         counts, items = _plan(self.job, self.storage)

@@ -160,6 +160,7 @@ class Storage(ABC):
     def tree(self, root: str) -> Iterator[Entry]:
         """Stream every file below a folder, hidden ones and those of bundles too.
 
+        One that is deleted while it is listed is left out.
         Raises what cannot be listed; nothing at all there is `ObjectNotFound`.
         """
 

@@ -86,10 +86,11 @@ class LocalStorage(Storage):
         root = os.path.abspath(to_path(root))
         nothing = True
         for found in _walk_folder(root, Selection(), whole=True):
-            if not isinstance(found, Entry):
+            if isinstance(found, Entry):
+                nothing = False
+                yield found
+            elif os.path.lexists(found[0]) or not isinstance(found[1], ObjectNotFound):
                 raise found[1]
-            nothing = False
-            yield found
         if nothing:
             raise ObjectNotFound(f"{root}: there is no file in this folder")
 
