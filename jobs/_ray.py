@@ -24,6 +24,8 @@ def start_ray() -> None:
     # Ray's C++ core writes warnings about its own internals to stderr, as TensorFlow's does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # A worker for reading and writing takes seconds of CPU to start; Ray ends it after one idle.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     # Calls to a machine that is cut off stay open until Ray asks: after 300 s, and for 120 s more.
     # Ray's servers hang up on who asks more often than once a minute: a training's one long call.
     os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")

@@ -31,7 +31,7 @@ FEW_IMAGES = 16
 # Ray Data's scheduler waits for tasks, but with all of them held back by full queues it turns
 # without a pause: in a training worker it took 0.6 of a core and, by Python's lock, half the speed.
 # From turn to turn without an event the pause doubles, up to the second.
-PAUSES_S = 0.001, 0.02
+PAUSES_S = 0.001, 0.05
 # Kept of a stage's blocks, for `Dataset.stats`; of a million images they would take gigabytes.
 MOST_STATISTICS = 1_000
 # With so many tasks waiting to read, no further work list is opened.

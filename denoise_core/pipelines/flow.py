@@ -41,6 +41,8 @@ TASK_IMAGES = 32
 # Bytes of decoded pixels that may wait for each actor; those for GPUs were never tried on one.
 CPU_READ_AHEAD = 64_000_000
 GPU_READ_AHEAD = 512_000_000
+# An image file of more bytes is large: most have 10 Mpx and more.
+LARGE_BYTES = 8_000_000
 # A run without any finished row for this long, beyond one image's own limit, is stuck.
 NO_PROGRESS_S = 600
 # Somebody who waits for results hears of it this often, results or not.
@@ -176,10 +178,11 @@ def build_dataset(
         patience_s=NO_PROGRESS_S + job.config.timeout_per_image,
         read_ahead=(together, GPU_READ_AHEAD if resources.gpus else CPU_READ_AHEAD),
     )
-    # A CPU is busy for seconds with one image, so that the next need not be in the actor's hands.
-    # A pool that may grow does so by what is in its actors' hands.
+    # The next image waits in the actor's hands, so that a CPU goes on at once; a large one, which
+    # takes seconds, need not. A pool that may grow does so by what is in its actors' hands.
     grows = resources.actors[0] < resources.actors[1]
-    in_flight = None if grows or together > 1 or resources.gpus else 1
+    bound = 1 if mean_bytes > LARGE_BYTES else 2
+    in_flight = None if grows or together > 1 or resources.gpus else bound
     task = {"num_cpus": 0.5}
     dataset = ray.data.from_items(
         [{"shard": uri} for uri in shards], override_num_blocks=len(shards)

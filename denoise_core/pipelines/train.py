@@ -158,6 +158,9 @@ def _ray_trainer(plan: Plan, mail: Queue) -> TensorflowTrainer:
     config = plan.config
     # Under load a group start took 52 s against the default limit of 60.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    # Ray looks for what the workers report at each such interval, by itself every 2 s, and a
+    # checkpoint waits for that.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     path, filesystem = _ray_storage(config)
     gpus = config.gpus_per_worker
     return TensorflowTrainer(
