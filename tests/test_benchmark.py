@@ -436,7 +436,7 @@ def test_scale_is_projected_by_loads_and_the_largest_run() -> None:
             "wall_s": {"plan": 0.1 * actors, "publish": 0.2 * actors, "report": 0.3 * actors},
             "store": {"bytes": 3e5},
             "most_bytes_held": 1e6 * actors,
-            "steady": {**steady, "driver_rss": 1e8, "driver_rss_per_image": 100.0},
+            "steady": {**steady, "driver_own": 1e8, "driver_own_per_image": 100.0},
         }
 
     runs = [measured(1, 1.0), measured(4, 4.0), {**measured(8, 8.0), "steady": None}]

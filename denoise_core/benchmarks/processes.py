@@ -69,14 +69,15 @@ class Process:
 
 
 class Moment(NamedTuple):
-    """One sample: time (epoch), CPU seconds so far by pid, the root's RSS, the machine's idle time.
+    """One sample: time (epoch), CPU seconds by pid, the root's own memory, the machine's idle time.
 
-    The last is in seconds, summed over its cores.
+    The memory is without what is shared with others, as the object store's pages are; the idle time
+    is in seconds, summed over the cores.
     """
 
     at: float
     cpu_s: dict[int, float]
-    root_rss: int
+    root_own: int
     idle_s: float
 
 
@@ -155,7 +156,8 @@ class Sampler:
     def _moment(self) -> Moment:
         cpu_s = {pid: process.cpu_s for pid, process in self.watched.processes.items()}
         idle_s = _psutil().cpu_times().idle
-        return Moment(time.time(), cpu_s, self.root.memory_info().rss, idle_s)
+        memory = self.root.memory_info()
+        return Moment(time.time(), cpu_s, memory.rss - memory.shared, idle_s)
 
     def _look(self, handle: Any) -> int:
         title = "driver" if handle.pid == self.root.pid else " ".join(handle.cmdline())

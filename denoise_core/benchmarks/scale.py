@@ -242,8 +242,8 @@ def _steady(
         "cpu_s_per_image": {kind: used / seen for kind, used in spent.items()},
         "cores_used": sum(spent.values()) / passed,
         "idle_share": max(0.0, last.idle_s - first.idle_s) / (passed * cores()),
-        "driver_rss": last.root_rss,
-        "driver_rss_per_image": (last.root_rss - first.root_rss) / seen,
+        "driver_own": last.root_own,
+        "driver_own_per_image": (last.root_own - first.root_own) / seen,
     }
 
 
@@ -319,8 +319,8 @@ def project(data: dict[str, Any], *, gpus: int, images: int) -> dict[str, Any] |
         "cores": {kind: loads[kind][0] + loads[kind][1] * rate for kind in ("tasks", SERVICES)},
         "rows_cpu_s": largest["rows_cpu_s"] * images,
         "table_bytes": largest["table_bytes"] * images,
-        "driver_rss": largest["steady"]["driver_rss"]
-        + largest["steady"]["driver_rss_per_image"] * images,
+        "driver_own": largest["steady"]["driver_own"]
+        + largest["steady"]["driver_own_per_image"] * images,
         "copies": store["bytes"] / largest["carried_bytes"],
         "store_bytes": store["bytes"] * real,
         "store_bytes_per_s_and_gpu": store["bytes"] * real * rate / gpus,
@@ -407,7 +407,7 @@ def _loads(data: dict[str, Any]) -> str:
         *("actors", "tasks/image", "blocks/image", "kB/image to the store", "spilled kB/image"),
         *(
             "most held at once, MB",
-            "driver RSS, MB",
+            "driver's own memory, MB",
             "growth of it, kB/image",
             "rows, CPU ms/image",
         ),
@@ -420,8 +420,8 @@ def _loads(data: dict[str, Any]) -> str:
             number(each["store"]["bytes"] / 1e3, 0),
             number(each["store"]["spilled"] / 1e3, 0),
             megabytes(each["most_bytes_held"]),
-            megabytes(each["steady"] and each["steady"]["driver_rss"]),
-            number(each["steady"] and each["steady"]["driver_rss_per_image"] / 1e3, 1),
+            megabytes(each["steady"] and each["steady"]["driver_own"]),
+            number(each["steady"] and each["steady"]["driver_own_per_image"] / 1e3, 1),
             number(each["rows_cpu_s"] * 1e3),
         )
         for each in data["runs"]
@@ -477,8 +477,8 @@ def _projection(data: dict[str, Any]) -> str:
         ),
         (
             "driver's memory at the end",
-            "RSS + growth x images",
-            f"{each['driver_rss'] / 1e9:.2f} GB",
+            "its own + growth x images",
+            f"{each['driver_own'] / 1e9:.2f} GB",
         ),
         ("table of rows", f"{n} x bytes/image", f"{each['table_bytes'] / 1e6:,.0f} MB"),
         (
