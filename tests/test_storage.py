@@ -572,6 +572,21 @@ class TestS3(StorageContract):
                 assert proxy.faults == []
                 assert storage.read(join(root, "b.bin")) == b"new"
 
+    @pytest.mark.parametrize("fault", ["503", "reset"])
+    def test_each_request_has_its_tries_however_many_failed_before(
+        self, s3_server: Any, root: str, fault: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """boto3 gives up once some 35 retries of a process have been in vain."""
+        monkeypatch.setattr(s3_module.random, "uniform", lambda *_: 0.0)
+        monkeypatch.setattr("botocore.retries.standard.random.random", lambda: 0.0)
+        S3Storage().write(join(root, "a.bin"), b"0123456789")
+        faults = [fault, fault, fault, ""] * 60
+        with FlakyProxy(s3_server.endpoint, faults) as proxy:
+            storage = S3Storage(StorageOptions(s3_endpoint=proxy.endpoint, max_attempts=4))
+            for _ in range(60):
+                assert storage.read(join(root, "a.bin")) == b"0123456789"
+            assert (proxy.faults, proxy.met[fault]) == ([], 180)
+
     @pytest.mark.parametrize("fault", ["503", "429", "cut"])
     def test_faults_that_stay_are_told(self, s3_server: Any, root: str, fault: str) -> None:
         S3Storage().write(join(root, "a.bin"), b"0123456789" * 100)

@@ -331,7 +331,8 @@ def _client(options: StorageOptions, pid: int, environment: int) -> Any:
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     client = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    client.meta.events.register("needs-retry.s3", functools.partial(_tell, _s3_host(options)))
+    for hook in (functools.partial(_tell, _s3_host(options)), functools.partial(_try_on, options)):
+        client.meta.events.register("needs-retry.s3", hook)
     return client
 
 
@@ -340,6 +341,34 @@ def _tell(host: str, *, attempts: int, caught_exception: Exception | None, **_: 
     if attempts == TELL_AFTER and caught_exception is not None:
         kind = type(caught_exception).__name__
         logging.getLogger(__name__).warning("S3 at %s does not answer (%s); trying on.", host, kind)
+
+
+def _try_on(
+    options: StorageOptions,
+    *,
+    attempts: int,
+    response: tuple[Any, Any] | None,
+    caught_exception: Exception | None,
+    **_: Any,
+) -> float | None:
+    """Return the seconds until the next try where boto3 would make none any more.
+
+    Besides the tries of each request it has a quota for all of a process together, which some 35
+    failures in a row of whatever requests use up; of images there are many at a time. It asks its
+    own handler first, so that this one is heard where that has refused.
+    """
+    from botocore import exceptions as boto
+
+    silent = isinstance(caught_exception, boto.HTTPClientError | boto.ConnectionError)
+    status = response[0].status_code if response is not None else 0
+    if attempts >= options.max_attempts or not (silent or status in (429, 500, 502, 503, 504)):
+        return None
+    return random.uniform(0, _longest_pause(attempts))
+
+
+def _longest_pause(attempts: int) -> float:
+    """Seconds, as in boto3: full jitter below a bound that doubles up to 20."""
+    return float(min(20, 2 ** (attempts - 1)))
 
 
 def _split_s3(uri: str, *, key_needed: bool = False) -> tuple[str, str]:
@@ -449,7 +478,7 @@ def _get_whole(client: Any, attempts: int, **request: str) -> bytes:
         except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
             if attempt == attempts:
                 raise
-            time.sleep(random.uniform(0, min(20, 2 ** (attempt - 1))))
+            time.sleep(random.uniform(0, _longest_pause(attempt)))
     raise AssertionError("max_attempts is at least 1")
 
 
