@@ -168,7 +168,9 @@ class DenoiseConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     data_range: str = setting(
-        "auto", "Black and white; auto: the integer type's, or 0:1 for floats.", metavar="LO:HI"
+        "auto",
+        "Black and white; auto: the integer type's, of floats 0:1 or, beyond it, their own.",
+        metavar="LO:HI",
     )
     format: str = setting(
         "preserve",

@@ -207,5 +207,6 @@ PRESETS = {
 def preset(name: str) -> Preset:
     """Return a preset by name. Raises UsageError for an unknown one."""
     if name not in PRESETS:
-        raise UsageError(f"Unknown preset {name!r}.{nearest(name, PRESETS)}")
+        hint = nearest(name, PRESETS) or f" Expected one of {', '.join(PRESETS)}."
+        raise UsageError(f"Unknown preset {name!r}.{hint}")
     return PRESETS[name]

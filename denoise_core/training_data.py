@@ -158,7 +158,7 @@ class Wanted:
         if min(height, width) < self.side:
             raise UsageError(
                 f"{name}: crops of {self.side} px do not fit into {width}x{height} px. "
-                "Leave the image out, give --crop, or choose a preset with smaller crops."
+                "Leave the image out, give a smaller --crop, or choose a preset with smaller crops."
             )
 
 

@@ -57,7 +57,7 @@ def _join(ray: Any) -> None:
                 logging_level=logging.ERROR,
                 include_dashboard=False if local else None,
             )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises that very class where its start takes too long
         where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise RunFailed(
             f"Ray {where} could not be started or joined ({type(error).__name__}: "

@@ -569,6 +569,8 @@ def test_changed_model_or_settings_redo_and_existing_rules(
     assert denoise(folder, out, checkpoint, existing="overwrite", **dry).totals.to_do == 1
     with pytest.raises(UsageError, match="--existing fail"):
         denoise(folder, out, checkpoint, existing="fail")
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        denoise(folder, out / "run.json", checkpoint)
     first = snapshot(out / "images")
     assert denoise(folder, out, other).totals.ok == 1
     assert snapshot(out / "images") != first

@@ -452,10 +452,27 @@ def test_absent_packages_leave_a_filter_out(monkeypatch: pytest.MonkeyPatch):
     assert choose_filters(["median,bm3d"]) == (["identity", "median"], ["bm3d"])
 
 
+def test_pictures_of_models_whose_folders_have_one_name_have_names_of_their_own():
+    names = {
+        pictures.file_name("worst", pictures._stem(f"/runs/{run}/best"), "gaussian:25")
+        for run in "ab"
+    }
+    assert names == {"worst-runs-a-best-gaussian-25", "worst-runs-b-best-gaussian-25"}
+    long = {
+        pictures.file_name("worst", pictures._stem(f"/{'x' * 200}/{run}/best"), "gaussian:25")
+        for run in "ab"
+    }
+    assert len(long) == 2
+
+
 def test_models_of_one_name_are_told_apart_by_path(tmp_path: Path):
     paths = [make_checkpoint(tmp_path / name) for name in "ab"]
     assert [each.label for each in label_models(paths)] == paths
     assert label_models(paths[:1])[0].label == "tiny-0"
+    card = tmp_path / "a/model.json"
+    card.write_text(card.read_text().replace('"tiny-0"', '"unet-s"'))
+    assert [each.label for each in label_models([paths[0], "unet-s"])] == [paths[0], "unet-s"]
+    assert label_models(paths[:1])[0].label == paths[0]
     with pytest.raises(UsageError, match="given twice"):
         label_models([paths[0], paths[0]])
 

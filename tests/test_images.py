@@ -123,6 +123,24 @@ def test_png_comes_out_as_it_went_in(dtype: str, samples: int) -> None:
     np.testing.assert_array_equal(imagecodecs.png_decode(out), array.squeeze())
 
 
+def test_a_compression_is_for_the_formats_that_know_it() -> None:
+    """A folder has files of several formats, the command line one --compression."""
+    png = imagecodecs.png_encode(random_array((HEIGHT, WIDTH), "uint8"))
+    tiff = save_tiff(random_array((HEIGHT, WIDTH), "uint8"))
+    assert again(png, compression="lzw") == again(png)
+    assert again(tiff, compression="6") == again(tiff)
+    assert again(tiff, compression="lzw") != again(tiff)
+    for data in (png, tiff):
+        with pytest.raises(UsageError, match="compression 'zip' is unknown; expected none, lzw"):
+            again(data, compression="zip")
+
+
+def test_a_refused_depth_is_not_the_one_to_use() -> None:
+    data = imagecodecs.png_encode(random_array((HEIGHT, WIDTH), "uint16"))
+    with pytest.raises(UnsupportedImage, match="use --bit-depth 8, or --format tiff"):
+        again(data, format="jpeg")
+
+
 def test_png_chunks_come_out_as_they_went_in() -> None:
     chunks = [
         (b"iCCP", b"name\0\0" + zlib.compress(ICC)),

@@ -17,7 +17,7 @@ from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import CheckpointError
-from denoise_core.images import ImageHeader, ImageMetadata
+from denoise_core.images import ImageHeader, ImageMetadata, decode
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead
 from denoise_core.pipelines.denoise import _Run
 from denoise_core.pipelines.job import Facts, Job, Model
@@ -184,6 +184,26 @@ def test_copied_images_go_on_without_their_pixels(tmp_path: Path) -> None:
     assert item.facts["sigma_out"] == item.facts["sigma_in"]
     assert (item.facts["mean_shift"], item.facts["clipped_fraction"]) == ([0.0], 0.0)
     assert (tmp_path / "out/images/a.tif").read_bytes() == (tmp_path / "a.tif").read_bytes()
+
+
+def test_copied_images_keep_their_pixels_in_another_format(tmp_path: Path) -> None:
+    pixels = np.dstack([np.full((40, 50), 30, np.uint8), np.arange(2000).reshape(40, 50) % 256])
+    tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.uint8), extrasamples=["unassalpha"])
+    config = DenoiseConfig(inputs=("x",), output=str(tmp_path / "out"), format="png")
+    job = Job(
+        config, "run", StorageOptions(), Geometry(64, 16, 2), (Model("m", "m", "0", 1.0),), "hash"
+    )
+    target = tmp_path / "out/images/a.tif.png"
+    item = Item({"path": "a.tif", "source_uri": str(tmp_path / "a.tif"),
+                 "output_uri": str(target)})  # fmt: skip
+    Read(job, None)._read(item)
+    assert item.facts["copied"]
+    item.metadata = bytes(item.metadata)
+    Write(job, None)._write(item)
+    assert (item.facts["sigma_out"], item.facts["mean_shift"]) == (item.facts["sigma_in"], [0.0])
+    made = decode(target.read_bytes(), name="a.png")
+    assert made.header.format == "png"
+    np.testing.assert_array_equal(np.dstack([made.pixels, made.alpha]), pixels)
 
 
 def test_what_goes_while_it_is_swept_keeps_nothing_else(

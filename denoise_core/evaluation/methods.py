@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from denoise_core.checkpoints import Checkpoint, load_checkpoint
+from denoise_core.checkpoints import Checkpoint, load_checkpoint, shipped_names
 from denoise_core.config import nearest
 from denoise_core.denoiser import DEFAULT_PATCH, Denoiser, Geometry, resolve_geometry
 from denoise_core.errors import UsageError
@@ -82,16 +82,20 @@ def label_models(
 ) -> list[ModelSource]:
     """Return the models with labels that differ: their names, or else their paths.
 
+    A name that belongs to a shipped model, or to a filter, stands for that alone.
+
     Raises UsageError for an unknown model or one that is given twice, CheckpointError for a damaged
     one.
     """
     found = [(path, find_model(path, model_range=model_range, options=options)) for path in paths]
     names = [checkpoint.name for _, checkpoint in found]
+    taken = {*CLASSICAL, *shipped_names()}
     models = [
         ModelSource(
-            path
-            if names.count(checkpoint.name) > 1 or checkpoint.name in CLASSICAL
-            else checkpoint.name,
+            checkpoint.name
+            if path == checkpoint.name
+            or (names.count(checkpoint.name) == 1 and checkpoint.name not in taken)
+            else path,
             path,
             checkpoint.hash,
             model_range,

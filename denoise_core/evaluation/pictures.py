@@ -79,6 +79,11 @@ def file_name(*words: str) -> str:
     return re.sub(r"[^\w.-]+", "-", "-".join(words)).strip("-.")[:120]
 
 
+def _stem(model: str) -> str:
+    """A label for a file's name: of a path its end, with folders, for many are called `best`."""
+    return model[-60:].strip("/")
+
+
 def _plain(text: str) -> str:
     """Text as it is: matplotlib would set what stands between dollars as mathematics."""
     return text.replace("$", r"\$")
@@ -220,7 +225,7 @@ def gallery(examples: Sequence[tuple[str, Example]], *, kind: str, model: str, n
     _color_bar(figure, drawn, axes[0, 4])
     return _finish(
         figure,
-        name=file_name(kind, posixpath.basename(model), noise),
+        name=file_name(kind, _stem(model), noise),
         section="errors",
         title=f"The {len(examples)} {kind} images of {model} at {noise}",
         caption="By PSNR, the "
@@ -398,7 +403,7 @@ def latent(
         )
     return _finish(
         figure,
-        name=file_name("latent", posixpath.basename(model)),
+        name=file_name("latent", _stem(model)),
         section="latent",
         title=f"Latent space of {model}",
         caption=f"PCA of the codes ({dimensions} values) of {len(points)} noisy images; feature "

@@ -30,6 +30,7 @@ from denoise_core.images.values import BIT_DEPTHS, data_range, inverted, rescale
 from denoise_core.images.zarr import ZarrSource
 from denoise_core.storage import Storage, is_bundle
 
+PNG_LEVELS = tuple("0123456789")
 FORMATS = ("png", "tiff", "jpeg", "webp", "bmp", "npy")
 
 SUFFIXES = {
@@ -225,7 +226,8 @@ def encode(
     `pixels` (H, W, C) are in the source's units and of its dtype, or floats that are rounded and
     clipped to it. `format` is one of FORMATS or "preserve". `bit_depth` "8", "16" or "32f" moves
     `value_range` (default: `data_range` of the source) to the range of that depth. `compression`:
-    TIFF none, deflate, lzw, zstd or lzma; PNG a level of 0 to 9; others have none.
+    TIFF none, deflate, lzw, zstd or lzma; PNG a level of 0 to 9; one of another format than the
+    file's leaves it as it would be without.
     Raises UnsupportedImage when the format cannot hold the image.
     """
     target = metadata.format if format == "preserve" else format
@@ -252,8 +254,11 @@ def _check_options(target: str, bit_depth: str, compression: str | None) -> None
         raise UsageError(
             f"bit depth {bit_depth!r} is unknown; expected preserve, {', '.join(BIT_DEPTHS)}"
         )
-    if target == "png" and compression and compression not in tuple("0123456789"):
-        raise UsageError(f"PNG compression {compression!r} is unknown; expected a level of 0 to 9")
+    if compression is not None and compression not in {*PNG_LEVELS, *tiff.COMPRESSIONS}:
+        known = ", ".join(tiff.COMPRESSIONS)
+        raise UsageError(
+            f"compression {compression!r} is unknown; expected {known} or a PNG level of 0 to 9"
+        )
 
 
 def _change_depth(
@@ -291,9 +296,11 @@ def _call_encoder(
     samples: Array, metadata: ImageMetadata, target: str, compression: str | None
 ) -> tuple[bytes, list[str]]:
     if target == "png":
-        return png.encode(samples, metadata, compression=compression)
+        level = compression if compression in PNG_LEVELS else None
+        return png.encode(samples, metadata, compression=level)
     if target == "tiff":
-        return tiff.encode(samples, metadata, compression=compression)
+        scheme = compression if compression in tiff.COMPRESSIONS else None
+        return tiff.encode(samples, metadata, compression=scheme)
     if target == "jpeg":
         return pillow.encode_jpeg(samples, metadata)
     if target == "webp":

@@ -218,9 +218,11 @@ def refuse_false_alpha(samples: Array, metadata: ImageMetadata, *, target: str) 
 def refuse_samples(samples: Array, *, target: str, allowed: Sequence[int], dtypes: str) -> None:
     """Raise UnsupportedImage when a format cannot hold these samples."""
     if samples.dtype.name not in dtypes.split():
+        depths = {"uint8": "8", "uint16": "16", "float32": "32f"}
+        fitting = " or ".join(depths[name] for name in dtypes.split() if name in depths)
         raise UnsupportedImage(
             f"{target} cannot hold {samples.dtype.name} samples, only {dtypes.replace(' ', ', ')}; "
-            "use --bit-depth 8 or 16, or --format tiff"
+            f"use --bit-depth {fitting}, or --format tiff"
         )
     if samples.shape[-1] not in allowed:
         raise UnsupportedImage(

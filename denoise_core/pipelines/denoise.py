@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from denoise_core import results, worklist
+from denoise_core import __version__, results, worklist
 from denoise_core.checkpoints import Checkpoint, absolute_name, load_checkpoint
 from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
@@ -41,6 +41,8 @@ from denoise_core.storage import (
 # A shard of rows is written when this many seconds or rows have gathered.
 FLUSH_S = 1.0
 FLUSH_ROWS = 2_000
+# Whose versions are written down.
+PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pyarrow")
 
 
 @dataclass(slots=True)
@@ -217,6 +219,8 @@ def _refuse_circular(config: DenoiseConfig) -> None:
 
 def _refuse_foreign(storage: Storage, out: str) -> None:
     """Refuse an OUT whose `images` came from elsewhere: a run would hide or overwrite them."""
+    if not out.startswith("s3://") and storage.stat(out) is not None:
+        raise UsageError(f"--output {out}: is a file; name a folder.")
     if storage.stat(join(out, "run.json")) is None and worklist.outputs_present(storage, out):
         raise UsageError(
             f"--output {out}: its folder 'images' holds files of no earlier run; name another "
@@ -474,8 +478,9 @@ class _Run:
                 for each in self.checkpoints
             ],
             "versions": {
+                "denoise-jobs": __version__,
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("ray", "keras", "numpy", "pyarrow")},
+                **{name: version(name) for name in PACKAGES},
             },
             "counts": {
                 "to_do": totals.to_do,

@@ -439,7 +439,7 @@ class Read:
         item.metadata = image.metadata.to_bytes()
         if len(self.job.models) > 1:
             facts["model"] = choose(image.header, image.metadata)
-        if keeps_format(self.job.config) and is_quiet(
+        if is_quiet(
             [image.pixels],
             codec=image.header.format,
             sigma=facts["sigma_in"],
@@ -447,11 +447,9 @@ class Read:
             spread=high - low,
         ):
             facts |= {"copied": True, **untouched(facts, image.pixels)}
-            if self.job.config.reference is None:
+            if self.job.config.reference is None and keeps_format(self.job.config):
                 return
-        else:
-            item.alpha = image.alpha
-        item.pixels = image.pixels
+        item.pixels, item.alpha = image.pixels, image.alpha
 
     def _read_region(self, item: Item, storage: Any) -> None:
         facts = item.facts
@@ -614,7 +612,9 @@ class Denoise:
             with self.guard.attempt(group) as left:
                 self._denoise(left)
             for item in group:
-                if "sigma_out" in item.facts and self.job.config.reference is None:
+                converted = item.facts.get("copied") and not keeps_format(self.job.config)
+                measured = "sigma_out" in item.facts and self.job.config.reference is None
+                if measured and not converted:
                     item.pixels = None
                 yield to_table(item)
 
@@ -665,7 +665,7 @@ class Denoise:
         """Whether a whole image is better left alone, by what the model would take away."""
         config, facts = self.job.config, item.facts
         limit = self.job.model(facts).copy_residual * config.strength
-        if facts.get("in_regions") or not limit or facts["coarse"] or not keeps_format(config):
+        if facts.get("in_regions") or not limit or facts["coarse"]:
             return False
         low, high = facts["data_range"]
         return residual_rms(item.array("pixels"), values, spread=high - low) < limit
@@ -711,11 +711,11 @@ class Write:
         # Without pixels there is nothing left to measure.
         noisy = item.array("pixels") if item.pixels is not None else None
         lost: tuple[str, ...] = ()
-        if facts.get("copied"):
+        if facts.get("copied") and keeps_format(self.job.config):
             denoised = noisy
             data = storage_for(facts["source_uri"], self.job.options).read(facts["source_uri"])
         else:
-            denoised = item.array("denoised")
+            denoised = item.array("pixels" if facts.get("copied") else "denoised")
             alpha = item.array("alpha") if item.alpha is not None else None
             config = self.job.config
             data, lost = encode(
