@@ -167,10 +167,11 @@ def test_the_actor_measures_what_the_write_stage_would(checkpoint: str, tmp_path
     assert compared.pixels is not None
 
 
-def test_copied_images_go_on_without_their_pixels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("depth", ["preserve", "16"])
+def test_copied_images_go_on_without_their_pixels(tmp_path: Path, depth: str) -> None:
     dim = np.full((40, 50), 30, np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", dim)
-    config = DenoiseConfig(inputs=("x",), output=str(tmp_path / "out"))
+    config = DenoiseConfig(inputs=("x",), output=str(tmp_path / "out"), bit_depth=depth)
     models = (Model("m", "m", "0", 1.0),)
     job = Job(config, "run", StorageOptions(), Geometry(64, 16, 2), models, "hash")
     item = Item({"path": "a.tif", "source_uri": str(tmp_path / "a.tif"),

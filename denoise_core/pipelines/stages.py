@@ -436,6 +436,7 @@ class Read:
         facts["size"] = list(image.pixels.shape[:2])
         facts["sigma_in"] = metrics.estimate_sigma(image.pixels, data_range=high - low)
         facts["coarse"] = is_coarse(image.metadata)
+        facts["converted"] = is_converted(self.job.config, image.header)
         item.metadata = image.metadata.to_bytes()
         if len(self.job.models) > 1:
             facts["model"] = choose(image.header, image.metadata)
@@ -447,7 +448,7 @@ class Read:
             spread=high - low,
         ):
             facts |= {"copied": True, **untouched(facts, image.pixels)}
-            if self.job.config.reference is None and keeps_format(self.job.config):
+            if self.job.config.reference is None and not facts["converted"]:
                 return
         item.pixels, item.alpha = image.pixels, image.alpha
 
@@ -486,6 +487,15 @@ class Read:
 def keeps_format(config: DenoiseConfig) -> bool:
     """Whether an output is of its input's format and depth, so that a copy will do."""
     return (config.format, config.bit_depth, config.compression) == ("preserve", "preserve", None)
+
+
+def is_converted(config: DenoiseConfig, header: ImageHeader) -> bool:
+    """Whether an output is of another format, depth or compression than its input."""
+    if config.format not in ("preserve", header.format):
+        return True
+    if config.bit_depth != "preserve" and BIT_DEPTHS[config.bit_depth] != header.dtype:
+        return True
+    return config.compression is not None and header.format in ("png", "tiff")
 
 
 def region_of(job: Job, facts: Facts) -> Region:
@@ -612,7 +622,7 @@ class Denoise:
             with self.guard.attempt(group) as left:
                 self._denoise(left)
             for item in group:
-                converted = item.facts.get("copied") and not keeps_format(self.job.config)
+                converted = item.facts.get("copied") and item.facts["converted"]
                 measured = "sigma_out" in item.facts and self.job.config.reference is None
                 if measured and not converted:
                     item.pixels = None
@@ -711,7 +721,7 @@ class Write:
         # Without pixels there is nothing left to measure.
         noisy = item.array("pixels") if item.pixels is not None else None
         lost: tuple[str, ...] = ()
-        if facts.get("copied") and keeps_format(self.job.config):
+        if facts.get("copied") and not facts["converted"]:
             denoised = noisy
             data = storage_for(facts["source_uri"], self.job.options).read(facts["source_uri"])
         else:
