@@ -463,6 +463,8 @@ def test_pictures_of_models_whose_folders_have_one_name_have_names_of_their_own(
         for run in "ab"
     }
     assert len(long) == 2
+    assert [pictures._short(f"/runs/{run}/best") for run in "ab"] == ["a/best", "b/best"]
+    assert pictures._short("sub/coffee.png") == "coffee.png"
 
 
 def test_models_of_one_name_are_told_apart_by_path(tmp_path: Path):

@@ -90,8 +90,10 @@ def _plain(text: str) -> str:
 
 
 def _short(name: str, most: int = 30) -> str:
-    """A name's last part, its middle left out where it is long."""
+    """A name's last part, its middle left out where long; of `best`, every training's, two."""
     base = posixpath.basename(name)
+    if base == "best":
+        base = "/".join(name.split("/")[-2:])
     half = (most - 1) // 2
     return _plain(base if len(base) <= most else f"{base[:half]}…{base[-half:]}")
 

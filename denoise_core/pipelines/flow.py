@@ -41,7 +41,7 @@ TASK_IMAGES = 32
 # Bytes of decoded pixels that may wait for each actor; those for GPUs were never tried on one.
 CPU_READ_AHEAD = 64_000_000
 GPU_READ_AHEAD = 512_000_000
-# An image file of more bytes is large: most have 10 Mpx and more.
+# An image file of more bytes is large.
 LARGE_BYTES = 8_000_000
 # A run without any finished row for this long, beyond one image's own limit, is stuck.
 NO_PROGRESS_S = 600

@@ -325,7 +325,8 @@ class Expand:
             )
             if len(self.job.models) > 1:
                 facts["model"] = choose(header, read_metadata(file, name=facts["path"]))
-            if keeps_format(self.job.config) and self._is_quiet(file, header, regions, facts):
+            converted = is_converted(self.job.config, header)
+            if not converted and self._is_quiet(file, header, regions, facts):
                 return [item]
         return [Item({**facts, "region": index}) for index in range(len(regions))]
 
@@ -482,11 +483,6 @@ class Read:
             "has_alpha": has_alpha,
             "data_range": [low, high],
         }
-
-
-def keeps_format(config: DenoiseConfig) -> bool:
-    """Whether an output is of its input's format and depth, so that a copy will do."""
-    return (config.format, config.bit_depth, config.compression) == ("preserve", "preserve", None)
 
 
 def is_converted(config: DenoiseConfig, header: ImageHeader) -> bool:
