@@ -2,6 +2,8 @@
 PYTHON ?= python3
 UV_VERSION := 0.9.30
 BIN := .venv/bin
+# The system's certificates, as pip takes them: uv alone knows only the public ones.
+export UV_NATIVE_TLS ?= $(if $(wildcard /etc/ssl/certs/ca-certificates.crt),true,false)
 
 .PHONY: install demo test test-cluster test-chaos test-large check lock clean
 
