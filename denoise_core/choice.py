@@ -78,22 +78,24 @@ def residual_rms(noisy: Array, denoised: Array, *, spread: float) -> float:
     Of a large image it is that of a grid of windows. Blank squares, as the background of a scan or
     around a cell, do not count.
     """
-    total, count = 0.0, 0
+    total, count, channels = 0.0, 0, noisy.shape[2]
     for windows in zip(_grid(noisy), _grid(denoised), strict=True):
         before, after = map(_squares, windows)
-        textured = (before != before[:, :1]).any(axis=(1, 2))
-        taken = np.subtract(after[textured], before[textured], dtype=np.float32) / spread
-        total, count = total + float(np.sum(taken**2, dtype=np.float64)), count + taken.size
+        top = before[:, 0]
+        textured = (before != before[:, :1]).any(axis=1).any(axis=2)
+        textured |= (top[..., channels:] != top[..., :-channels]).any(axis=2)
+        taken = np.subtract(after, before, dtype=np.float32) / np.float32(spread)
+        squares = np.square(taken, out=taken).sum(axis=1).sum(axis=2, dtype=np.float64)
+        total += float(squares[textured].sum())
+        count += int(textured.sum()) * taken[0, :, 0].size
     return 255.0 * math.sqrt(total / count) if count else 0.0
 
 
 def _squares(image: Array) -> Array:
-    """Return (N, pixels, C): squares of SQUARE_SIDE, without what is left over at two edges."""
+    """Return (rows, h, columns, w * C): squares of SQUARE_SIDE, without what is left over."""
     height, width = (min(SQUARE_SIDE, side) for side in image.shape[:2])
     rows, columns = image.shape[0] // height, image.shape[1] // width
-    cut = image[: rows * height, : columns * width]
-    cut = cut.reshape(rows, height, columns, width, -1).swapaxes(1, 2)
-    return cut.reshape(rows * columns, height * width, -1)
+    return image[: rows * height, : columns * width].reshape(rows, height, columns, -1)
 
 
 def is_dim(pixels: Array, low: float, high: float) -> bool:
