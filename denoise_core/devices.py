@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ def configure_tensorflow(*, threads: int | None, use_gpu: bool) -> Any:
     2.60 shows every GPU to workers that asked for none.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
+    with _without_pyplot():
+        import tensorflow as tf
 
     if threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -37,6 +41,20 @@ def configure_tensorflow(*, threads: int | None, use_gpu: bool) -> Any:
     for gpu in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
     return tf
+
+
+@contextmanager
+def _without_pyplot() -> Iterator[None]:
+    """Let Keras take it that there is no pyplot: a sixth of TensorFlow's import, for galleries."""
+    name = "matplotlib.pyplot"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def bound_kernels(tf: Any) -> int:

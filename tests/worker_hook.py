@@ -8,9 +8,12 @@ through in regions from half a megapixel on, so that small ones show it.
 from __future__ import annotations
 
 import ctypes
+import importlib.abc
+import importlib.util
 import os
 import re
 import signal
+import sys
 import time
 from typing import Any
 
@@ -25,12 +28,34 @@ def poison(stage: str, name: str) -> None:
         time.sleep(60)
 
 
-def install() -> None:
-    from denoise_core.pipelines import flow, stages
+class _Patching(importlib.abc.MetaPathFinder):
+    """Patches the stages once somebody imports them: most of Ray's processes never do."""
 
+    def find_spec(self, name: str, *_: object) -> Any:
+        if name != "denoise_core.pipelines.stages":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            patch(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    sys.meta_path.insert(0, _Patching())
+
+
+def patch(stages: Any) -> None:
     stages.REGION_FROM_PIXELS = REGION_FROM_PIXELS
     decode, encode_, part = stages.decode, stages.Write._write, stages.Denoise._part
-    publish = flow.publish_image
+    publish = stages.publish_image
 
     def faulty_decode(data: bytes, *, name: str, **more: Any) -> Any:
         poison("read", name)
@@ -62,9 +87,9 @@ def install() -> None:
         return publish(job, facts)
 
     stages.decode = faulty_decode
-    stages.Denoise._part = faulty_part  # type: ignore[method-assign]
-    stages.Write._write = faulty_write  # type: ignore[method-assign]
-    flow.publish_image = slow_publish
+    stages.Denoise._part = faulty_part
+    stages.Write._write = faulty_write
+    stages.publish_image = slow_publish
 
 
 def start_ray() -> None:
@@ -76,6 +101,7 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     import ray
 
     from jobs._ray import end_on_sigterm

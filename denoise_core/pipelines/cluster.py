@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -36,8 +35,6 @@ PAUSES_S = 0.001, 0.05
 MOST_STATISTICS = 1_000
 # With so many tasks waiting to read, no further work list is opened.
 MOST_ITEMS = 1_000
-# A machine that does not say within this time how a process of its own died is lost.
-LAST_WORDS_S = 60
 
 
 class _Turn(ExecutionCallback):
@@ -217,48 +214,6 @@ def check_memory(job: Job, resources: Resources, hosts: Sequence[dict[str, float
             f"needs {network * gb:,.1f} GB for the network and {region * gb:,.1f} GB for a region, "
             f"and Ray may use {most * gb:,.1f} GB on the largest host. Lower them."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A process of Ray's: its node and the file that takes its stderr."""
-
-    node: str
-    log: str
-
-    @classmethod
-    def here(cls) -> Place:
-        """Return this process's own."""
-        return cls(ray.get_runtime_context().get_node_id(), os.readlink("/proc/self/fd/2"))
-
-
-def cause_of_death(place: Place) -> str:
-    """Return how the process died, to follow 'it last died'.
-
-    Ray keeps no exit status. But a process that gets a fatal signal, or whose watchdog ends it,
-    says so on stderr; one that said nothing got the signal that cannot be caught.
-    """
-    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-    reference = _last_words.options(scheduling_strategy=there).remote(place.log)
-    try:
-        return str(ray.get(reference, timeout=LAST_WORDS_S))
-    except ray.exceptions.RayError:
-        return "with its machine"
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _last_words(log: str) -> str:
-    try:
-        with open(log, "rb") as file:
-            text = file.read()
-    except OSError:
-        return "for a reason unknown: its log is gone"
-    signals = re.findall(rb"^\*\*\* (SIG[A-Z]+) received", text, re.MULTILINE)
-    if signals:
-        return f"by {signals[-1].decode()}"
-    if re.search(rb"^Timeout \(\d", text, re.MULTILINE):
-        return "stuck, by its time limit"
-    return "without a word, as by SIGKILL"
 
 
 def stopped(

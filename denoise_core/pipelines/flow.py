@@ -24,10 +24,10 @@ from denoise_core.pipelines.cluster import (
     stopped,
 )
 from denoise_core.pipelines.job import Facts, Job, now
+from denoise_core.pipelines.ledger import Ledger
 from denoise_core.pipelines.stages import (
     Denoise,
     Expand,
-    Ledger,
     Read,
     Write,
     drop_regions,

@@ -63,7 +63,6 @@ from denoise_core.images import (
 )
 from denoise_core.images.values import BIT_DEPTHS, UNIT_SHARE
 from denoise_core.images.zarr import METADATA_FILES
-from denoise_core.pipelines.cluster import Place, cause_of_death
 from denoise_core.pipelines.job import (
     Facts,
     Job,
@@ -71,6 +70,7 @@ from denoise_core.pipelines.job import (
     now,
     reference_figures,
 )
+from denoise_core.pipelines.ledger import Place, cause_of_death
 from denoise_core.storage import Storage, is_bundle, join, storage_for
 from denoise_core.tiling import Region
 
@@ -135,36 +135,6 @@ def to_items(table: pa.Table) -> Iterator[Item]:
             scalar = table[name][index]
             buffers[name] = scalar.as_buffer() if scalar.is_valid else None
         yield Item(json.loads(table["facts"][index].as_py()), **buffers)
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class Ledger:
-    """Counts how often work on an image was begun and not ended: attempts that killed a worker."""
-
-    def __init__(self) -> None:
-        self.open: dict[str, int] = {}
-        self.places: dict[str, Place] = {}
-
-    def opened(self, keys: list[str]) -> list[int]:
-        """Return how many times each was started without an end."""
-        return [self.open.get(key, 0) for key in keys]
-
-    def begin(self, keys: list[str], place: Place) -> list[tuple[int, Place | None]]:
-        """Note the start of work at a place.
-
-        Return how many times each was started without an end, and where the last time before.
-        """
-        before = [self.places.get(key) for key in keys]
-        for key in keys:
-            self.open[key] = self.open.get(key, 0) + 1
-            self.places[key] = place
-        return list(zip(self.opened(keys), before, strict=True))
-
-    def end(self, keys: list[str]) -> None:
-        """Note that the worker outlived the work."""
-        for key in keys:
-            self.open.pop(key, None)
-            self.places.pop(key, None)
 
 
 @contextmanager
