@@ -22,7 +22,7 @@ demo: install
 
 # Two files at a time, each with a Ray of its own: most tests wait for processes to start.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Hosts as network namespaces, faults while a run works; root, half an hour.
 test-cluster: install

@@ -20,6 +20,17 @@ import worker_hook
 
 pytest_plugins = ["browsing"]
 
+# The files that take longest come first, so that no process is left alone with one at the end.
+LONGEST = ("train_job", "denoise_faults", "benchmark", "zarr", "denoise_job", "submit", "tune")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
 
 @dataclass(frozen=True)
 class S3Server:
