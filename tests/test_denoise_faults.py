@@ -23,6 +23,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+import worker_hook
 from click.testing import CliRunner
 from helpers import (
     as_dtype,
@@ -193,7 +194,8 @@ def test_an_output_that_fails_midway_ends_the_run_and_the_rerun_completes(
     assert sorted(files_below(out / "images")) != [f"{name}.png" for name in names]
     # Where the lock could not be taken away, it is dead in a minute.
     (out / ".denoise/lock.json").unlink(missing_ok=True)
-    assert denoise(source, out, checkpoint).within_budget
+    with worker_hook.hurry():
+        assert denoise(source, out, checkpoint).within_budget
     rows = rows_of(out)
     assert sorted(row["status"] for row in rows) == ["ok"] * len(names)
     for row in rows:
@@ -240,7 +242,8 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     marked = np.load(staged[0].with_suffix(".npy"))
     np.save(staged[0].with_suffix(".npy"), 255 - marked)
     notes: list[str] = []
-    outcome = resume(source, out, checkpoint, notes)
+    with worker_hook.hurry():
+        outcome = resume(source, out, checkpoint, notes)
     assert notes == [f"Took over the lock of run {holder}, which is dead."]
     assert outcome.totals.skipped == len(safe)
     assert outcome.totals.ok == 25 - len(safe)

@@ -45,6 +45,7 @@ from denoise_core.training import Plan, Trainer, prepare, psnr_of
 from jobs.train import Display, main
 
 STEPS, EVERY = 200, 20
+SHORT = ("--preset", "tiny", "--steps", STEPS, "--validate-steps", EVERY, "--precision", "float32")
 
 # Two starts of Ray, TensorFlow and XLA in one fixture: half a minute, or five on a busy machine.
 pytestmark = pytest.mark.timeout(600)
@@ -80,8 +81,7 @@ def history(output: Path) -> list[dict[str, str]]:
 def resumed(data, tmp_path_factory):
     """A run killed and resumed: rows before the kill, folder, exit code, stdout, stderr."""
     output = tmp_path_factory.mktemp("run")
-    arguments = [data, "--output", output, "--preset", "tiny", "--steps", STEPS]
-    arguments += ["--validate-steps", EVERY, "--precision", "float32"]
+    arguments = [data, "--output", output, *SHORT]
     process = start(*arguments)
     known = output / "ray" / "run" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 240
@@ -436,16 +436,10 @@ def kill_one_worker(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_two_workers_one_killed_on_the_way_follow_the_curve_of_one(
-    ray_session, data, tmp_path, monkeypatch
-):
-    shared = ["--preset", "tiny", "--steps", 100, "--validate-steps", 10, "--precision", "float32"]
-    shared += ["--input", "thread", "--threads", 1]
-    one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
-    with pytest.raises(SystemExit, match="0"):
-        main([str(word) for word in (data, "--output", one, *shared)])
-    process = start(data, "--output", two, *shared, "--workers", 2)
+def test_two_workers_one_killed_on_the_way_follow_the_curve_of_one(resumed, data, tmp_path):
+    _, one, *_ = resumed
+    two = tmp_path / "two"
+    process = start(data, "--output", two, *SHORT, "--workers", 2)
     deadline = time.monotonic() + 400
     while len(history(two)) < 2:
         assert process.poll() is None, process.communicate()
