@@ -135,13 +135,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
+def ray_session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """One local Ray of two CPUs for the session, with `worker_hook` in its workers."""
     with contextlib.suppress(pytest.skip.Exception):
         # First, so that Ray's workers know the server's keys.
         request.getfixturevalue("s3_server")
     import ray
 
+    os.environ[worker_hook.HURRY_NAME] = str(tmp_path_factory.mktemp("hook") / "hurry")
     # Ray Train looks every two seconds whether a worker has reported, and it waits for that.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     worker_hook.start_ray()

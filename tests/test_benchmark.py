@@ -69,7 +69,7 @@ def test_all_runs_every_benchmark_and_joins_the_tables(
     command = [
         *("all", "--output", str(tmp_path), "--model", checkpoint, "--data", str(clean_folder)),
         *("--megapixels", "0.9", "--limit", "1", "--side", "300", "--photo-sizes", "0.1,0.2"),
-        *("--names", "500", "--bare-seconds", "0.1", "--sigma", "25"),
+        *("--names", "500", "--bare-seconds", "0.1"),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "jobs.benchmark", *command],

@@ -18,28 +18,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 REGION_FROM_PIXELS = 500_000
-# There while nothing is to be slow; Ray's workers inherit the name.
-HURRY = Path(os.environ.setdefault("WORKER_HOOK_HURRY", f"{gettempdir()}/hurry-{os.getpid()}"))
+# There while nothing is to be slow. Of this process of tests alone; Ray's workers inherit the name.
+HURRY_NAME = "WORKER_HOOK_HURRY"
 
 
 def wait(seconds: float) -> None:
     """Sleep, for somebody to break something meanwhile; not inside `hurry`."""
-    if not HURRY.exists():
+    if not os.path.exists(os.environ.get(HURRY_NAME, "")):
         time.sleep(seconds)
 
 
 @contextmanager
 def hurry() -> Iterator[None]:
     """Let nothing be slow on the session's Ray."""
-    HURRY.touch()
+    flag = Path(os.environ[HURRY_NAME])
+    flag.touch()
     try:
         yield
     finally:
-        HURRY.unlink()
+        flag.unlink()
 
 
 def poison(stage: str, name: str) -> None:
