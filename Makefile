@@ -20,7 +20,8 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m jobs.demo --output demo
 
-# Two files at a time, each with a Ray of its own: most tests wait for processes to start.
+# Two files at a time, each with a Ray of its own: most tests wait for processes to start. The order
+# is conftest's.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

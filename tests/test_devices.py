@@ -1,9 +1,12 @@
-"""What the machine can do: memory by nvidia-smi or by /proc, cores."""
+"""What the machine can do: memory by nvidia-smi or by /proc, cores; what TensorFlow imports."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
+
+import pytest
 
 from denoise_core import devices
 
@@ -32,3 +35,13 @@ def test_a_broken_nvidia_smi_is_as_none(tmp_path, monkeypatch):
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert devices.device_memory() > 2**26
+
+
+def test_pyplot_is_hidden_from_keras_and_there_for_all_others(monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    with devices._without_pyplot(), pytest.raises(ImportError):
+        import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot as plt
+
+    with devices._without_pyplot():
+        assert sys.modules["matplotlib.pyplot"] is plt
