@@ -1,6 +1,6 @@
 """The ledger of attempts: what work was begun and not ended, for it killed its worker, and how.
 
-Imports nothing but Ray's core, so that the ledger's own process is up in a third of the time.
+Imports nothing but Ray's core: the ledger's own process need not load Ray Data.
 """
 
 from __future__ import annotations
