@@ -19,7 +19,6 @@ more CPU time for going alone, those of 64 px and more nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -179,11 +178,9 @@ class Denoiser:
         strength: float = 1.0,
         precision: str = "auto",
     ) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import tensorflow as tf
+        from denoise_core.devices import bound_kernels, choose_precision, import_tensorflow
 
-        from denoise_core.devices import bound_kernels, choose_precision
-
+        tf = import_tensorflow()
         self.card = checkpoint.card
         self.geometry = geometry or resolve_geometry(
             checkpoint.card, patch=DEFAULT_PATCH, halo="auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
 import sys
@@ -37,11 +38,12 @@ def test_a_broken_nvidia_smi_is_as_none(tmp_path, monkeypatch):
     assert devices.device_memory() > 2**26
 
 
-def test_pyplot_is_hidden_from_keras_and_there_for_all_others(monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    with devices._without_pyplot(), pytest.raises(ImportError):
-        import matplotlib.pyplot  # noqa: F401
-    import matplotlib.pyplot as plt
+@pytest.mark.parametrize("name", devices.KERAS_EXTRAS)
+def test_extras_are_hidden_from_keras_and_there_for_all_others(name, monkeypatch):
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with devices.without_keras_extras(), pytest.raises(ImportError):
+        importlib.import_module(name)
+    module = importlib.import_module(name)
 
-    with devices._without_pyplot():
-        assert sys.modules["matplotlib.pyplot"] is plt
+    with devices.without_keras_extras():
+        assert sys.modules[name] is module

@@ -172,15 +172,14 @@ def gaussian_levels(noises: list[str]) -> list[tuple[float, str]]:
 def principal_components(codes: Floats) -> tuple[Floats, Floats]:
     """Return points (N, 2) and the shares (2,) of the variance that the two axes explain.
 
-    PCA of codes (N, D), N > 2, by the singular values of the centred matrix. NumPy and not
-    scikit-learn: Keras imports that where it is installed, which costs every actor 1.6 s.
+    PCA of codes (N, D), N > 2, by scikit-learn. Codes of one value have a second axis of zeros.
     """
-    centred = codes - codes.mean(axis=0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    points = np.zeros((len(codes), 2))
-    shares = np.zeros(2)
-    axes = min(2, len(s))
-    points[:, :axes] = u[:, :axes] * s[:axes]
-    total = float((s**2).sum())
-    shares[:axes] = s[:axes] ** 2 / total if total else 0.0
+    from sklearn.decomposition import PCA  # a second to import
+
+    points, shares = np.zeros((len(codes), 2)), np.zeros(2)
+    axes = min(2, codes.shape[1])
+    if np.ptp(codes, axis=0).any():
+        pca = PCA(n_components=axes, svd_solver="full")
+        points[:, :axes] = pca.fit_transform(codes)
+        shares[:axes] = pca.explained_variance_ratio_
     return points, shares

@@ -29,11 +29,11 @@ import numpy as np
 import ray
 import ray.data
 import ray.train
-from ray.train.tensorflow import TensorflowTrainer
 from ray.util.queue import Empty, Queue
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
+from denoise_core.devices import choose_precision, configure_tensorflow, without_keras_extras
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
@@ -43,6 +43,9 @@ from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
 from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer, places_of
 from denoise_core.training_data import Picture, Sampler, TrainingData
+
+with without_keras_extras():  # imports TensorFlow
+    from ray.train.tensorflow import TensorflowTrainer
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
 # One row of Ray Data's stream holds a step; its blocks hold about so many bytes.
@@ -391,8 +394,6 @@ def _disk_error(error: OSError, output: str) -> RunFailed:
 def _train(
     config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue, init_hash: str | None
 ) -> None:
-    from denoise_core.devices import choose_precision, configure_tensorflow
-
     tf = configure_tensorflow(threads=config.threads, use_gpu=config.gpus_per_worker > 0)
     rank = ray.train.get_context().get_world_rank()
     precision = choose_precision(config.precision, tf)
