@@ -122,6 +122,8 @@ def parse_actors(value: str) -> tuple[int, int] | None:
 
 
 MOST_SECONDS = 10_000_000
+# What a format can hold, where that is not all of --bit-depth.
+FORMAT_DEPTHS = {"png": ("8", "16"), "jpeg": ("8",), "webp": ("8",), "bmp": ("8",)}
 COMPRESSIONS = ("none", "deflate", "lzw", "zstd", "lzma", *"0123456789")
 
 
@@ -227,6 +229,12 @@ class DenoiseConfig:
             "No INPUT given, or an empty one: name a file, a folder or s3://bucket/prefix.",
         )
         require(bool(self.output), "--output is empty: name a folder or s3://bucket/prefix.")
+        depths = FORMAT_DEPTHS.get(self.format, (self.bit_depth,))
+        require(
+            self.bit_depth in ("preserve", *depths),
+            f"--format {self.format} cannot hold --bit-depth {self.bit_depth}, only "
+            f"{' or '.join(depths)}.",
+        )
         parse_auto_int(self.patch, name="patch", words=("auto",), low=32)
         parse_auto_int(self.halo, name="halo", words=("auto", "exact"), low=0)
         parse_auto_int(self.batch_size, name="batch-size", words=("auto",), low=1)

@@ -61,7 +61,7 @@ Planned = WorkItem | Refusal
 
 @dataclass(slots=True)
 class Counts:
-    """What planning saw. `old_failures` are skipped images whose earlier row says `failed`.
+    """What planning saw. `earlier_failures` are skipped images whose earlier row says `failed`.
 
     `left_out` are new, changed or missing, and not --retry-failed's to do.
     """
@@ -69,7 +69,7 @@ class Counts:
     listed: int = 0
     skipped: int = 0
     left_out: int = 0
-    old_failures: int = 0
+    earlier_failures: int = 0
     to_do: int = 0
     refused: int = 0
     bytes_to_do: int = 0
@@ -155,7 +155,7 @@ class Planner:
         if not done or self.config.existing == "overwrite":
             return False
         self.counts.skipped += 1
-        self.counts.old_failures += failed
+        self.counts.earlier_failures += failed
         return True
 
     def _is_missing(self, path: str) -> bool:

@@ -87,6 +87,7 @@ def settings_command(
             ["--config", "config_file"],
             metavar="FILE.toml",
             is_eager=True,
+            envvar="DENOISE_CONFIG",
             expose_value=False,
             callback=_read_config(settings),
             help="Settings from a TOML file.",

@@ -144,6 +144,7 @@ def display(kind: str) -> Iterator[Watcher]:
 def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
     """Print a short table and where to look."""
     totals = outcome.totals
+    already = totals.skipped - totals.earlier_failures
     if config.progress == "json":
         final = {**asdict(totals), "run_id": outcome.run_id, "ok_budget": outcome.within_budget}
         final |= {"listed": outcome.listed} if outcome.dry_run else {}
@@ -153,13 +154,13 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
         for uri in outcome.listed:
             click.echo(uri)
         click.echo(
-            f"Dry run: {totals.to_do} to do, {totals.skipped} already done, "
+            f"Dry run: {totals.to_do} to do, {already} already done, "
             f"{totals.failed} refused. Nothing was written."
         )
         return
     click.echo(
         f"{totals.ok} denoised, {totals.copied} copied, {totals.failed} failed, "
-        f"{totals.skipped} already done."
+        f"{already} already done."
     )
     if totals.done:
         first = f"{totals.first_image_s:.1f} s" if totals.first_image_s is not None else "-"
@@ -192,8 +193,10 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
             f"{totals.left_out} new, changed or missing were left out by --retry-failed, so there "
             "is no _SUCCESS; the same command without it does them."
         )
-    if totals.old_failures:
-        click.echo(f"{totals.old_failures} failed in earlier runs; --retry-failed does them again.")
+    if totals.earlier_failures:
+        click.echo(
+            f"{totals.earlier_failures} failed in earlier runs; --retry-failed does them again."
+        )
     root = config.output.rstrip("/")
     click.echo(f"Images: {root}/images   Rows: {root}/reports/images   Page: {root}/report.html")
     if not outcome.within_budget:

@@ -92,6 +92,16 @@ def as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.clip(np.rint(values * info.max), 0, info.max).astype(dtype)
 
 
+class Notes(list[str]):
+    """A watcher that keeps what a run tells."""
+
+    def note(self, text: str) -> None:
+        self.append(text)
+
+    def update(self, *state: Any) -> None:
+        pass
+
+
 def rows_of(out: Path | str) -> list[dict[str, Any]]:
     """The rows of the report table of a local OUT."""
     parts = sorted((Path(out) / "reports" / "images").glob("part-*.parquet"))

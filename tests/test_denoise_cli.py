@@ -61,6 +61,9 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     assert code == 0, text
     assert (config.patch, config.strength) == ("128", 0.5)
     assert (config.output, config.max_error_rate, config.halo) == ("file", 0.5, "auto")
+    code, text, (config,) = invoke("in", env={"DENOISE_CONFIG": str(file)})
+    assert code == 0, text
+    assert (config.output, config.patch) == ("file", "512")
 
 
 def test_config_file_gives_lists_switches_and_inputs(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import pytest
 import tifffile
 import worker_hook
 from helpers import (
+    Notes,
     as_dtype,
     by_name,
     denoise,
@@ -234,7 +235,7 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     # What is staged is used and not made again: mark one region to find it in the result.
     marked = np.load(staged[0].with_suffix(".npy"))
     np.save(staged[0].with_suffix(".npy"), 255 - marked)
-    notes: list[str] = []
+    notes = Notes()
     with worker_hook.hurry():
         outcome = resume(source, out, checkpoint, notes)
     assert notes == [f"Took over the lock of run {holder}, which is dead."]
@@ -252,19 +253,15 @@ def test_sigkill_of_everything_loses_only_what_is_in_flight(
     check_against_uninterrupted(big, out, checkpoint, marked=marked.size)
 
 
-def resume(source: Path, out: Path, checkpoint: str, notes: list[str]) -> Any:
+def resume(source: Path, out: Path, checkpoint: str, notes: Notes) -> Any:
     from denoise_core.config import DenoiseConfig
-    from denoise_core.pipelines.denoise import Watcher, run_denoising
-
-    class Notes(Watcher):
-        def note(self, text: str) -> None:
-            notes.append(text)
+    from denoise_core.pipelines.denoise import run_denoising
 
     config = DenoiseConfig(
         inputs=(str(source),), output=str(out), model=checkpoint, precision="float32",
         actors="1", region=512,
     )  # fmt: skip
-    return run_denoising(config, watcher=Notes())
+    return run_denoising(config, watcher=notes)
 
 
 def check_against_uninterrupted(big: np.ndarray, out: Path, model: str, *, marked: int) -> None:

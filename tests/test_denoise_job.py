@@ -22,7 +22,16 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from helpers import as_dtype, by_name, denoise, files_below, make_checkpoint, picture, rows_of
+from helpers import (
+    Notes,
+    as_dtype,
+    by_name,
+    denoise,
+    files_below,
+    make_checkpoint,
+    picture,
+    rows_of,
+)
 from PIL import Image
 
 from denoise_core.checkpoints import load_checkpoint
@@ -342,7 +351,7 @@ def test_model_sees_the_image(job: Any, checkpoint: str) -> None:
 
 def test_unchanged_rerun_does_nothing_and_starts_no_ray(job: Any, checkpoint: str) -> None:
     from denoise_core.config import DenoiseConfig
-    from denoise_core.pipelines.denoise import Watcher, run_denoising
+    from denoise_core.pipelines.denoise import run_denoising
 
     before = snapshot(job.out)
     config = DenoiseConfig(
@@ -351,14 +360,19 @@ def test_unchanged_rerun_does_nothing_and_starts_no_ray(job: Any, checkpoint: st
         max_error_rate=0.9,
     )  # fmt: skip
     started = time.monotonic()
-    outcome = run_denoising(config, watcher=Watcher(), start_ray=lambda: pytest.fail("Ray"))
+    notes = Notes()
+    outcome = run_denoising(config, watcher=notes, start_ray=lambda: pytest.fail("Ray"))
     assert time.monotonic() - started < 5
+    assert notes == []
     assert outcome.totals.done == outcome.totals.to_do == 0
-    assert outcome.totals.old_failures == len(BAD) + 1
+    assert outcome.totals.earlier_failures == len(BAD) + 1
     assert outcome.within_budget
     after = snapshot(job.out)
     assert after.pop("_SUCCESS") is not None
     assert after == before
+    config = replace(config, reference=str(job.source))
+    run_denoising(config, watcher=notes, start_ray=lambda: pytest.fail("Ray"))
+    assert [note.partition(":")[0] for note in notes] == ["--reference is another than before"]
 
 
 def snapshot(root: Path) -> dict[str, int]:

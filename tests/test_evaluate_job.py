@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import S3Server
 from helpers import (
+    Notes,
     as_dtype,
     files_below,
     files_with,
@@ -79,7 +80,11 @@ def test_a_model_without_residual_is_the_identity(
         noise=("gaussian:15", "gaussian:25", "speckle:20"),
         baselines=("median",),
     )
-    outcome = run_evaluation(config, watcher=Watcher())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("{}")
+    notes = Notes()
+    outcome = run_evaluation(config, watcher=notes)
+    assert f"The earlier evaluation in {tmp_path}/out will be replaced." in notes
     rows = {(r["image"], r["method"], r["noise"]): r for r in rows_of(tmp_path / "out")}
     assert len(rows) == 4 * 5 * 3
     for (image, method, noise), found in rows.items():

@@ -322,7 +322,6 @@ def test_the_settings_are_written_once_the_checkpoint_fits(tmp_path):
 def test_a_training_whose_checkpoints_are_gone_says_that_it_starts_anew(tmp_path):
     from denoise_core.pipelines.train import take_up
 
-    (tmp_path / "history.csv").touch()
     mail = Outbox()
     take_up(trainer_of(tmp_path, 5, lambda folder: None), None, mail=mail)
     note = f"--resume: no checkpoint in {tmp_path}; training starts anew."

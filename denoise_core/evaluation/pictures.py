@@ -225,11 +225,12 @@ def gallery(examples: Sequence[tuple[str, Example]], *, kind: str, model: str, n
         _show(line[2], example.clean, title=heads[2], below=_fitting(name, side))
         drawn = _show_error(line[3], example, top=top, title=heads[3])
     _color_bar(figure, drawn, axes[0, 4])
+    which = f"{len(examples)} {kind} images" if len(examples) > 1 else f"{kind} image"
     return _finish(
         figure,
         name=file_name(kind, _stem(model), noise),
         section="errors",
-        title=f"The {len(examples)} {kind} images of {model} at {noise}",
+        title=f"The {which} of {model} at {noise}",
         caption="By PSNR, the "
         + ("lowest" if kind == "worst" else "highest")
         + " first; large images show the place of their largest error.",

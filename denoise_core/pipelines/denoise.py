@@ -49,7 +49,8 @@ PACKAGES = ("ray", "tensorflow", "keras", "numpy", "pyarrow")
 class Totals:
     """What a run has done so far.
 
-    `skipped` were done by earlier runs, `left_out` by none: --retry-failed does not touch them.
+    `skipped` were done by earlier runs, `earlier_failures` of them failed; `left_out` were done by
+    none: --retry-failed does not touch them.
     """
 
     to_do: int = 0
@@ -58,7 +59,7 @@ class Totals:
     ok: int = 0
     copied: int = 0
     failed: int = 0
-    old_failures: int = 0
+    earlier_failures: int = 0
     megapixels: float = 0.0
     first_image_s: float | None = None
     seconds: float = 0.0
@@ -70,7 +71,7 @@ class Totals:
 
     def error_rate(self) -> float:
         """Share of failed images of all inputs of this run, earlier failures included."""
-        return (self.failed + self.old_failures) / max(1, self.done + self.skipped)
+        return (self.failed + self.earlier_failures) / max(1, self.done + self.skipped)
 
 
 @dataclass(slots=True)
@@ -277,6 +278,7 @@ def _dry_run(job: Job, storage: Storage) -> Outcome:
         skipped=counts.skipped,
         left_out=counts.left_out,
         failed=counts.refused,
+        earlier_failures=counts.earlier_failures,
     )
     return Outcome(job.run_id, totals, True, dry_run=True, listed=listed)
 
@@ -306,6 +308,7 @@ class _Run:
         self.assembled: list[Facts] = []
         self.unreferenced = self.dim = 0
         self.dim_ends = 0, 0
+        self.before = self._run_before()
         self.started = time.monotonic()
         self.flushed = time.monotonic()
 
@@ -313,7 +316,7 @@ class _Run:
         """Plan, work, publish. The journal is flushed and published however it ends."""
         self._sweep("work")
         shards = self._plan()
-        if self.totals.to_do or not self._has_ended():
+        if self.totals.to_do or not self.before.get("finished"):
             self._do(shards)
         within = self.totals.error_rate() <= self.job.config.max_error_rate
         success = join(self.out, "_SUCCESS")
@@ -331,12 +334,13 @@ class _Run:
             dim_ends=self.dim_ends,
         )
 
-    def _has_ended(self) -> bool:
-        """Whether the run before went to its end, reports and all."""
+    def _run_before(self) -> dict[str, Any]:
+        """Return the run.json of the run before, empty where there was none."""
         try:
-            return bool(json.loads(self.storage.read(join(self.out, "run.json"))).get("finished"))
+            content: dict[str, Any] = json.loads(self.storage.read(join(self.out, "run.json")))
         except ObjectNotFound:
-            return False
+            return {}
+        return content
 
     def _do(self, shards: list[str]) -> None:
         self.storage.delete(join(self.out, "_SUCCESS"))
@@ -369,8 +373,14 @@ class _Run:
             for refusal in refusals:
                 self._take(self._refused(refusal))
         self.totals.to_do = counts.to_do + counts.refused
-        self.totals.skipped, self.totals.old_failures = counts.skipped, counts.old_failures
+        self.totals.skipped, self.totals.earlier_failures = counts.skipped, counts.earlier_failures
         self.totals.left_out = counts.left_out
+        before = self.before.get("config", {}).get("reference")
+        if counts.skipped and self.job.config.reference not in (None, before):
+            self.watcher.note(
+                "--reference is another than before: images that are done keep the figures they "
+                "have; --existing overwrite measures them again."
+            )
         self.mean_bytes = counts.bytes_to_do / max(1, counts.to_do)
         return shards
 
@@ -489,7 +499,7 @@ class _Run:
                 "ok": totals.ok,
                 "copied": totals.copied,
                 "failed": totals.failed,
-                "earlier_failures": totals.old_failures,
+                "earlier_failures": totals.earlier_failures,
                 "without_reference": self.unreferenced,
             },
             "megapixels": round(totals.megapixels, 3),

@@ -79,6 +79,8 @@ def run_evaluation(
     storage = storage_for(config.output, plan.options)
     shots = find_shots(config, plan.options)
     with output_lock(storage, config.output, run_id=plan.run_id):
+        if storage.stat(join(config.output, "summary.json")) is not None:
+            watcher.note(f"The earlier evaluation in {config.output} will be replaced.")
         _sweep(plan)
         if start_ray is not None:
             start_ray()

@@ -431,7 +431,7 @@ def take_up(trainer: Trainer, last: ray.train.Checkpoint | None, *, mail: Queue)
             trainer.load_state(Path(folder))
     if trainer.rank != 0:
         return
-    if last is None and config.resume and files.read(HISTORY) is not None:
+    if last is None and config.resume:
         mail.put({"note": f"--resume: no checkpoint in {config.output}; training starts anew."})
     files.write(SETTINGS, (json.dumps(as_dict(config), indent=1) + "\n").encode())
 
