@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 import ray.train
 from ray.util.queue import Empty, Queue
 
@@ -37,24 +36,21 @@ from denoise_core.devices import choose_precision, configure_tensorflow, without
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import beside_driver, set_data_context
+from denoise_core.pipelines.cluster import beside_driver
+from denoise_core.pipelines.crops import STREAM_CPUS, RayStream
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
-from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer, places_of
-from denoise_core.training_data import Picture, Sampler, TrainingData
+from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer
+from denoise_core.training_data import TrainingData
 
 with without_keras_extras():  # imports TensorFlow
     from ray.train.tensorflow import TensorflowTrainer
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
-# One row of Ray Data's stream holds a step; its blocks hold about so many bytes.
-BLOCK_BYTES = 8_000_000
-# A stream ends after so many steps and is begun anew.
-STREAM_STEPS = 50_000
-# What a worker and its stream ask of Ray; together they fit on one core, so that two workers train
-# on a laptop. Threads, not these numbers, share out the cores.
-WORKER_CPUS, STREAM_CPUS = 0.5, 0.1
+# What a worker asks of Ray; with its stream it fits on one core, so that two workers train on a
+# laptop. Threads, not these numbers, share out the cores.
+WORKER_CPUS = 0.5
 # Of the validations one in so many leaves a picture of samples; and so do the first and the last.
 SAMPLES_EVERY = 5
 
@@ -251,69 +247,7 @@ def _root_cause(error: BaseException) -> str:
     return str(first).strip().splitlines()[-1] if str(first).strip() else repr(first)
 
 
-# --- the stream of crops ------------------------------------------------------------------------
-
-
-class _MakeBatches:
-    """Rows of steps -> rows with that step's crops of one worker. Keeps the images it has read."""
-
-    def __init__(
-        self, pictures: Any, config: TrainConfig, preset: Preset, stage: Stage, places: range
-    ) -> None:
-        self.sampler = Sampler.make(ray.get(pictures), config, preset)
-        self.stage, self.places = stage, places
-
-    def __call__(self, table: dict[str, Array]) -> dict[str, Array]:
-        """Return `noisy` and `clean` (steps, share, crop, crop, C), or the error's sentence."""
-        crop, size = self.stage.crop, self.stage.batch
-        pairs = [
-            self.sampler.batch(step=int(step), crop=crop, places=self.places, size=size)
-            for step in table["step"]
-        ]
-        noisy, clean = zip(*pairs, strict=True)
-        return {"noisy": np.stack(noisy), "clean": np.stack(clean)}
-
-
-class RayStream:
-    """A `training.Source`: Ray Data makes the batches of one worker in a process of its own."""
-
-    def __init__(
-        self, pictures: list[Picture], config: TrainConfig, preset: Preset, *, rank: int
-    ) -> None:
-        self.pictures = ray.put(pictures)
-        self.config, self.preset, self.rank = config, preset, rank
-
-    def __call__(self, stage: Stage, *, step: int) -> Iterator[tuple[Array, Array]]:
-        """Yield batches from `step` on."""
-        while True:
-            yield from self._stream(stage, first=step, last=self._last(step))
-            step = self._last(step)
-
-    def _last(self, step: int) -> int:
-        end = self.config.steps if self.config.steps is not None else step + STREAM_STEPS
-        return max(step + 1, min(end, step + STREAM_STEPS))
-
-    def _stream(self, stage: Stage, *, first: int, last: int) -> Iterator[tuple[Array, Array]]:
-        places = places_of(stage, rank=self.rank, workers=self.config.workers)
-        size = len(places) * stage.crop**2 * self.preset.channels * 4 * 2
-        together = max(1, min(64, BLOCK_BYTES // size))
-        set_data_context(ordered=True)
-        # From items, not from a range: reading tasks would want CPUs of which there may be none.
-        dataset = ray.data.from_items(
-            [{"step": step} for step in range(first, last)],
-            override_num_blocks=max(1, -(-(last - first) // together)),
-        ).map_batches(
-            _MakeBatches,
-            fn_constructor_args=(self.pictures, self.config, self.preset, stage, places),
-            batch_format="numpy",
-            batch_size=together,
-            compute=ray.data.ActorPoolStrategy(size=1),
-            num_cpus=STREAM_CPUS,
-        )
-        for table in dataset.iter_batches(
-            batch_size=together, batch_format="numpy", prefetch_batches=2
-        ):
-            yield from zip(table["noisy"], table["clean"], strict=True)
+# --- the rates of the input ---------------------------------------------------------------------
 
 
 def input_rates(plan: Plan, *, steps: int, warm: int) -> dict[str, float]:
