@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core.checkpoints import Checkpoint
+from denoise_core.devices import bound_kernels, choose_precision, import_tensorflow
 from denoise_core.errors import UsageError
 from denoise_core.images import data_range, to_dtype
 from denoise_core.patches import (
@@ -178,8 +179,6 @@ class Denoiser:
         strength: float = 1.0,
         precision: str = "auto",
     ) -> None:
-        from denoise_core.devices import bound_kernels, choose_precision, import_tensorflow
-
         tf = import_tensorflow()
         self.card = checkpoint.card
         self.geometry = geometry or resolve_geometry(

@@ -21,6 +21,7 @@ import numpy as np
 
 from denoise_core.checkpoints import absolute_name, load_checkpoint
 from denoise_core.config import TrainConfig, as_dict
+from denoise_core.devices import import_tensorflow
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
 from denoise_core.models import architecture, build_model, input_size
@@ -343,8 +344,8 @@ class Trainer:
         initial: list[Array] | None = None,
         source: Source | None = None,
     ) -> None:
+        tf = import_tensorflow()
         import keras
-        import tensorflow as tf
 
         self.config, self.preset, self.rank, self.precision = config, preset, rank, precision
         self.progress = Progress()

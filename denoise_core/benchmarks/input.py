@@ -8,6 +8,7 @@ from typing import Any
 from denoise_core.benchmarks.child import call
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.config import TrainConfig, require, setting
+from denoise_core.devices import configure_tensorflow
 from denoise_core.training import prepare
 
 NAMES = {
@@ -53,7 +54,6 @@ def run(config: InputConfig) -> Result:
 
 def rates(data: str, preset: str, steps: int, warm: int) -> dict[str, Any]:
     """Return steps a second by source."""
-    from denoise_core.devices import configure_tensorflow
     from denoise_core.pipelines.train import input_rates
 
     configure_tensorflow(threads=None, use_gpu=False)

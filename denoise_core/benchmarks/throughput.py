@@ -38,6 +38,7 @@ from denoise_core.denoiser import (
     in_unit_range,
     resolve_geometry,
 )
+from denoise_core.devices import choose_precision, import_tensorflow
 from denoise_core.images import data_range, decode, encode, to_dtype
 from denoise_core.patches import Context, Cut, batch_size, batches, cut, stack
 
@@ -186,10 +187,7 @@ def plain_loop(
     folder: str, out: str, model: str, model_range: str, precision: str
 ) -> dict[str, Any]:
     """What one would write without the job; returns times of every image and of the metrics."""
-    import tensorflow as tf
-
-    from denoise_core.devices import choose_precision
-
+    tf = import_tensorflow()
     checkpoint = load_checkpoint(model, model_range=model_range)
     network = checkpoint.build(precision=choose_precision(precision, tf))
     shape = tf.TensorSpec((None, None, None, 3), tf.float32)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from denoise_core.devices import import_tensorflow
 from denoise_core.errors import CheckpointError
 from denoise_core.keras_files.reading import Description, clean_copy, describe, read_bytes
 
@@ -17,6 +18,7 @@ def load_model(path: Path, *, sha256: str | None = None) -> Any:
 
     With `sha256` a file of other bytes is refused. Its layers compute in float32.
     """
+    import_tensorflow()
     import keras
 
     data = read_bytes(path)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from denoise_core.config import parse_data_range
+from denoise_core.devices import configure_tensorflow
 from denoise_core.errors import CheckpointError
 from denoise_core.keras_files.loading import load_model
 from denoise_core.keras_files.reading import Description, describe
@@ -165,8 +166,6 @@ def _predict(model: Any, bounds: tuple[float, float]) -> Callable[[np.ndarray], 
 
 def main() -> None:
     """Measure the file named on the command line and print its figures, or an error, as JSON."""
-    from denoise_core.devices import configure_tensorflow
-
     path, text = sys.argv[1:3]
     configure_tensorflow(threads=None, use_gpu=False)
     try:

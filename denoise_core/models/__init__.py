@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from denoise_core.config import nearest
+from denoise_core.devices import import_tensorflow
 from denoise_core.errors import UsageError
 from denoise_core.models import autoencoder, dense, unet
 
@@ -44,6 +45,7 @@ def build_model(
     `precision` is 'float32', or 'bfloat16' for bfloat16 compute over float32 weights. A `trimmed`
     one takes [windows, context]; see `unet.build_trimmed`.
     """
+    import_tensorflow()
     import keras
 
     policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"

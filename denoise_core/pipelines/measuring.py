@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from denoise_core.config import EvaluateConfig
+from denoise_core.devices import configure_tensorflow
 from denoise_core.errors import ImageError, StorageError
 from denoise_core.evaluation.examples import Ends, cut_example, example_uri
 from denoise_core.evaluation.methods import IDENTITY, SLOW, Model, ModelSource, run_filter
@@ -230,8 +231,6 @@ class RunModels:
     """Actor: holds all models; denoises the images of a batch together, for each noise."""
 
     def __init__(self, plan: Plan, *, threads: int | None, use_gpu: bool) -> None:
-        from denoise_core.devices import configure_tensorflow
-
         configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.prepare(plan)
         self.models = [

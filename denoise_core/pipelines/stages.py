@@ -31,6 +31,7 @@ from denoise_core import metrics
 from denoise_core.choice import choose, is_coarse, is_dim, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, parse_data_range
 from denoise_core.denoiser import Denoiser, Part
+from denoise_core.devices import configure_tensorflow
 from denoise_core.errors import (
     AccessDenied,
     ImageError,
@@ -541,8 +542,6 @@ class Denoise:
     """
 
     def __init__(self, job: Job, ledger: Any, *, threads: int | None, use_gpu: bool) -> None:
-        from denoise_core.devices import configure_tensorflow
-
         configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.job, self.guard = job, Guard(job, "denoise", ledger)
         self.measures = not use_gpu

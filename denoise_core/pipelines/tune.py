@@ -31,6 +31,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from denoise_core.config import TuneConfig, as_dict
+from denoise_core.devices import choose_precision, configure_tensorflow
 from denoise_core.errors import DenoiseError, RunFailed, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture
@@ -411,7 +412,6 @@ def _report_failure(note: str) -> None:
 
 
 def _train(search: Search, number: int, threads: int | None) -> None:
-    from denoise_core.devices import choose_precision, configure_tensorflow
     from denoise_core.training import Trainer
 
     tf = configure_tensorflow(threads=threads, use_gpu=search.config.gpus_per_trial > 0)
