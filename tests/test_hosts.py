@@ -18,7 +18,7 @@ import pytest
 import tiny_training
 from conftest import rclone_binary
 from flaky import NO_FAULT
-from helpers import by_name
+from helpers import by_name, files_below
 from hosts import (
     ACTOR,
     DRIVER,
@@ -178,6 +178,13 @@ def test_killed_head_and_a_new_cluster(hosts: Hosts, quiet: dict[str, bytes]) ->
     check(hosts, "head", quiet, job="head-again")
 
 
+def stop(hosts: Hosts, name: str, sentence: str) -> None:
+    """`ray job stop`: the job ends by itself, with a sentence."""
+    assert hosts.ask(f"jobs/{name}/stop", method="POST") == {"stopped": True}
+    assert hosts.wait(name) == "STOPPED"
+    assert sentence in hosts.log(name)
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -249,9 +256,7 @@ def test_a_training_outlasts_a_storage_that_is_away(hosts: Hosts, photos: str) -
 def test_a_stopped_training_is_resumed(hosts: Hosts, photos: str) -> None:
     train(hosts, "stopped", photos, "resumed")
     before = half_trained(hosts, "stopped", "resumed")
-    assert hosts.ask("jobs/stopped/stop", method="POST") == {"stopped": True}
-    assert hosts.wait("stopped") == "STOPPED"
-    assert "The last checkpoint is safe; go on with --resume." in hosts.log("stopped")
+    stop(hosts, "stopped", "Interrupted. The last checkpoint is safe; go on with --resume.")
     train(hosts, "resume", photos, "resumed", "--resume")
     assert hosts.wait("resume") == "SUCCEEDED", hosts.log("resume")
     check_history(hosts, "resumed", before)
@@ -319,3 +324,44 @@ def test_a_search_outlasts_a_lost_host(hosts: Hosts, photos: str) -> None:
     assert [row["steps"] for row in trials()] == [str(STEPS)] * 4
     assert (out / "best.toml").exists()
     hosts.start(victim)
+
+
+def test_a_stopped_evaluation_leaves_nothing_and_starts_again(hosts: Hosts, photos: str) -> None:
+    out = hosts.bucket / "evaluated"
+    words = ["-m", "jobs.evaluate", "s3://bucket/in", "--output", "s3://bucket/evaluated"]
+    words += ["--model", f"{hosts.folder}/model", "--baselines", "none", "--precision", "float32"]
+    hosts.submit("evaluate", *words)
+    running = hosts.wait("evaluate", until=lambda: "/480 images" in hosts.log("evaluate"))
+    assert running == "RUNNING", hosts.log("evaluate")
+    stop(hosts, "evaluate", "Interrupted. Nothing was published; start it again.")
+    assert files_below(out) == []
+    hosts.submit("evaluate-again", *words)
+    assert hosts.wait("evaluate-again") == "SUCCEEDED", hosts.log("evaluate-again")
+    assert json.loads((out / "summary.json").read_text())["images"]["ok"] == IMAGES
+
+
+def test_a_stopped_search_keeps_its_finished_trials(hosts: Hosts, photos: str) -> None:
+    out = hosts.folder / "stopped"
+    space = hosts.folder / "rates.toml"
+    space.write_text("learning_rate = [1e-3, 3e-3, 1e-2]\n")
+    words = [tiny_training.SCRIPT, "tune", photos, "--output", out, "--preset", "tiny"]
+    words += ["--space", space, "--trials", 3, "--steps", STEPS, "--precision", "float32"]
+    words += ["--stop", "none", "--concurrent", 1]
+
+    def trials() -> list[dict[str, str]]:
+        file = out / "trials.csv"
+        return list(csv.DictReader(file.open(newline=""))) if file.exists() else []
+
+    def done() -> list[dict[str, str]]:
+        return [row for row in trials() if row["status"] == "done"]
+
+    hosts.submit("search-stopped", *words)
+    assert hosts.wait("search-stopped", until=lambda: bool(done())) == "RUNNING"
+    stop(hosts, "search-stopped", "Interrupted. Finished trials are safe; go on with --resume.")
+    before = done()
+    assert 0 < len(before) < 3
+    assert not (out / ".denoise/lock.json").exists()
+    hosts.submit("search-resumed", *words, "--resume")
+    assert hosts.wait("search-resumed") == "SUCCEEDED", hosts.log("search-resumed")
+    assert [row["status"] for row in trials()] == ["done"] * 3
+    assert all(row in trials() for row in before)
