@@ -7,14 +7,21 @@ export UV_NATIVE_TLS ?= $(if $(wildcard /etc/ssl/certs/ca-certificates.crt),true
 
 .PHONY: install demo test test-cluster test-chaos test-large check lock clean
 
-# Compiled at install: without bytecode every start of TensorFlow and Ray is ten seconds slower.
-install: .venv/installed
+# For a GPU TensorFlow needs CUDA's libraries: `make install DEVICE=gpu`, or cpu, states it; else it
+# is what is installed, or what there is.
+INSTALLED := $(patsubst .venv/installed-%,%,$(wildcard .venv/installed-*))
+DEVICE ?= $(or $(INSTALLED),$(if $(and $(shell command -v nvidia-smi),$(filter x86_64,$(shell uname -m))),gpu,cpu))
+LOCKS := requirements.lock $(if $(filter gpu,$(DEVICE)),cluster/gpu.lock)
 
-.venv/installed: requirements.lock pyproject.toml
+# Compiled at install: without bytecode every start of TensorFlow and Ray is ten seconds slower.
+install: .venv/installed-$(DEVICE)
+
+.venv/installed-$(DEVICE): $(LOCKS) pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode $(LOCKS)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	rm -f .venv/installed-*
 	touch $@
 
 demo: install

@@ -394,8 +394,10 @@ class TrainConfig:
         choices=("ray", "thread"),
     )
     workers: int = setting(1, "Data-parallel workers.", metavar="N")
-    gpus_per_worker: float = setting(
-        0.0, "GPUs of one worker; a fraction shares one.", metavar="0..1"
+    gpus_per_worker: float | None = setting(
+        None,
+        "GPUs of one worker; a fraction shares one; default: one where each can have one.",
+        metavar="0..1",
     )
     threads: int | None = setting(None, "CPU threads of one worker.", metavar="N")
     max_failures: int = setting(3, "Times the worker group is restarted.", metavar="N")
@@ -467,9 +469,9 @@ class TrainConfig:
             value, flag = getattr(self, name), name.replace("_", "-")
             require(value is None or 0 <= value < math.inf, f"--{flag}: expected a number from 0.")
         require(
-            0 <= self.gpus_per_worker <= 1,
-            f"--gpus-per-worker {self.gpus_per_worker:g}: expected 0 to 1, since a worker trains "
-            "on one GPU; for more give --workers.",
+            self.gpus_per_worker is None or 0 <= self.gpus_per_worker <= 1,
+            f"--gpus-per-worker {self.gpus_per_worker}: expected 0 to 1, since a worker trains on "
+            "one GPU; for more give --workers.",
         )
         for name in ("validate_minutes", "checkpoint_minutes"):
             flag = name.replace("_", "-")

@@ -65,6 +65,17 @@ def without_keras_extras() -> Iterator[None]:
             del sys.modules[name]
 
 
+NO_GPU = (
+    "Ray has GPUs, but TensorFlow sees none and computes on CPUs. Install CUDA's libraries (`make "
+    "install DEVICE=gpu`), or ask for no GPU."
+)
+
+
+def has_gpu(tf: Any) -> bool:
+    """Return whether TensorFlow may use a GPU."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
 def bound_kernels(tf: Any) -> int:
     """Let every kernel use one thread and TensorFlow run several at once; returns how many.
 

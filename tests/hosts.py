@@ -143,11 +143,11 @@ class Hosts:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def start(self, number: int) -> None:
-        """`ray start` on a host."""
+    def start(self, number: int, *, gpus: int = 0) -> None:
+        """`ray start` on a host, of so many GPUs that are none."""
         words = ["--head", "--port=6379", "--num-cpus=0", f"--dashboard-host={NETWORK}.{HEAD}"]
         if number != HEAD:
-            words = [f"--address={NETWORK}.{HEAD}:6379", "--num-cpus=2"]
+            words = [f"--address={NETWORK}.{HEAD}:6379", "--num-cpus=2", f"--num-gpus={gpus}"]
         else:
             words.append(f"--temp-dir={self.folder}/ray")
         words += [f"--node-ip-address={NETWORK}.{number}", "--object-store-memory=200000000"]

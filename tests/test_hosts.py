@@ -32,6 +32,8 @@ from hosts import (
     wait_until,
 )
 
+from denoise_core.devices import NO_GPU
+
 IMAGES = 480
 # What has a training end in two minutes rather than four.
 STEPS, EVERY = 100, 10
@@ -176,6 +178,27 @@ def test_killed_head_and_a_new_cluster(hosts: Hosts, quiet: dict[str, bytes]) ->
     assert hosts.wait("head-again") == "SUCCEEDED", hosts.log("head-again")
     assert "Took over the lock of run" in hosts.log("head-again")
     check(hosts, "head", quiet, job="head-again")
+
+
+def test_actors_come_to_a_host_that_joins(hosts: Hosts, quiet: dict[str, bytes]) -> None:
+    """By GPUs, which there are not: TensorFlow computes on CPUs, and the run says so."""
+    for number in (HEAD, *WORKERS, RESERVE):
+        hosts.kill(number)
+    hosts.start(HEAD)
+    hosts.start(WORKERS[0], gpus=1)
+    under_way(hosts, "grown", "--actors", "1:2")
+    hosts.start(RESERVE, gpus=1)
+    came = hosts.wait("grown", until=lambda: bool(hosts.processes(RESERVE, ACTOR)))
+    assert came == "RUNNING", "too fast for an actor on the new host"
+    finish(hosts, "grown", quiet)
+    assert hosts.log("grown").count(NO_GPU) == 1
+    run = json.loads((hosts.bucket / "grown/run.json").read_text())
+    assert run["computed_on"] == {"cpu, float32": IMAGES}
+    # Without GPUs again, for the tests that follow.
+    for number in (HEAD, WORKERS[0], RESERVE):
+        hosts.kill(number)
+    for number in (HEAD, *WORKERS):
+        hosts.start(number)
 
 
 def stop(hosts: Hosts, name: str, sentence: str) -> None:

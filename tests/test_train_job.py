@@ -240,6 +240,22 @@ def test_a_training_that_has_no_room_is_refused_on_a_machine_and_noted_on_a_clus
     assert notes(8.0, 2.0) == ["2 GPU(s) are not used: --gpus-per-worker is 0."]
 
 
+@pytest.mark.parametrize(
+    ("there", "stated", "each"),
+    [
+        ({}, None, 0.0),
+        ({"GPU": 2.0}, None, 1.0),
+        ({"GPU": 1.0}, None, 0.0),
+        ({"GPU": 2.0}, 0.0, 0.0),
+    ],
+)
+def test_workers_have_a_gpu_each_where_there_are_enough(there, stated, each):
+    from denoise_core.pipelines.train import with_gpus
+
+    config = TrainConfig(data=("in",), output="out", steps=1, workers=2, gpus_per_worker=stated)
+    assert with_gpus(config, there).gpus_per_worker == each
+
+
 def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
     data, tmp_path, monkeypatch
 ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from denoise_core.checkpoints import Checkpoint, absolute_name, load_checkpoint
 from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry, working_bytes
-from denoise_core.devices import device_memory
+from denoise_core.devices import NO_GPU, device_memory
 from denoise_core.errors import ObjectNotFound, RunFailed, UsageError
 from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
@@ -308,6 +309,9 @@ class _Run:
         self.assembled: list[Facts] = []
         self.unreferenced = self.dim = 0
         self.dim_ends = 0, 0
+        # Images by device and precision.
+        self.computed: Counter[str] = Counter()
+        self.misses_gpu = False
         self.before = self._run_before()
         self.started = time.monotonic()
         self.flushed = time.monotonic()
@@ -457,6 +461,11 @@ class _Run:
         height, width = facts["size"]
         totals.megapixels += height * width / 1e6
         self.unreferenced += "reference_problem" in facts
+        if "device" in facts:
+            self.computed[f"{facts['device']}, {facts['precision']}"] += 1
+        if facts.get("misses_gpu") and not self.misses_gpu:
+            self.misses_gpu = True
+            self.watcher.note(NO_GPU)
         if "dim" in facts:
             (low, high), (least, most) = self.dim_ends, facts["dim"]
             self.dim, self.dim_ends = self.dim + 1, (min(low, least), max(high, most))
@@ -502,6 +511,7 @@ class _Run:
                 "earlier_failures": totals.earlier_failures,
                 "without_reference": self.unreferenced,
             },
+            "computed_on": dict(self.computed),
             "megapixels": round(totals.megapixels, 3),
             "seconds": round(totals.seconds, 3),
             "first_image_seconds": totals.first_image_s,

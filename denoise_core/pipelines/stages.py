@@ -31,7 +31,7 @@ from denoise_core import metrics
 from denoise_core.choice import choose, is_coarse, is_dim, is_quiet, noise_sigma, residual_rms
 from denoise_core.config import DenoiseConfig, parse_data_range
 from denoise_core.denoiser import Denoiser, Part
-from denoise_core.devices import configure_tensorflow
+from denoise_core.devices import configure_tensorflow, has_gpu
 from denoise_core.errors import (
     AccessDenied,
     ImageError,
@@ -542,9 +542,10 @@ class Denoise:
     """
 
     def __init__(self, job: Job, ledger: Any, *, threads: int | None, use_gpu: bool) -> None:
-        configure_tensorflow(threads=threads, use_gpu=use_gpu)
+        tf = configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.job, self.guard = job, Guard(job, "denoise", ledger)
         self.measures = not use_gpu
+        self.misses_gpu = use_gpu and not has_gpu(tf)
         self.denoisers: dict[str, Denoiser] = {}
         self._denoiser(job.models[0].name)
 
@@ -634,6 +635,7 @@ class Denoise:
                 "patches": len(part.region.patches),
                 "device": denoiser.device,
                 "precision": denoiser.precision,
+                "misses_gpu": self.misses_gpu,
             }
 
     def _changes_too_little(self, item: Item, values: Array) -> bool:

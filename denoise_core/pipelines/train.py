@@ -17,11 +17,12 @@ import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ from ray.util.queue import Empty, Queue
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
-from denoise_core.devices import choose_precision, configure_tensorflow, without_keras_extras
+from denoise_core.devices import (
+    NO_GPU,
+    choose_precision,
+    configure_tensorflow,
+    has_gpu,
+    without_keras_extras,
+)
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
@@ -66,8 +73,9 @@ def run_training(plan: Plan, *, show: Show) -> str:
     machine holds, OutputLocked where another run holds the output, CheckpointError for a checkpoint
     that does not fit the preset, RunFailed where training ended early or left no model.
     """
-    grows = bool(os.environ.get("RAY_ADDRESS"))
-    notes = room_notes(plan.config, ray.cluster_resources(), grows=grows)
+    grows, there = bool(os.environ.get("RAY_ADDRESS")), ray.cluster_resources()
+    plan = replace(plan, config=with_gpus(plan.config, there))
+    notes = room_notes(plan.config, there, grows=grows)
     for note in (*notes, split_note(plan)):
         show({"note": note})
     files = RunFiles(plan.config)
@@ -99,13 +107,20 @@ def split_note(plan: Plan) -> str:
     return f"{data.files + held} {kind}, {held} of them held out for validation."
 
 
+def with_gpus(config: TrainConfig, there: dict[str, float]) -> TrainConfig:
+    """Return settings that state --gpus-per-worker: by default one where each can have one."""
+    if config.gpus_per_worker is not None:
+        return config
+    return replace(config, gpus_per_worker=float(there.get("GPU", 0.0) >= config.workers))
+
+
 def room_notes(config: TrainConfig, there: dict[str, float], *, grows: bool) -> list[str]:
     """Return what to say of a training's share of the resources that are `there`.
 
     Raises UsageError where it asks for more of a Ray that never `grows`: it would wait for ever.
     """
     stream = STREAM_CPUS if config.input == "ray" else 0.0
-    asked = {"CPU": WORKER_CPUS + stream, "GPU": config.gpus_per_worker}
+    asked = {"CPU": WORKER_CPUS + stream, "GPU": config.gpus_per_worker or 0.0}
     asked = {name: round(config.workers * each, 4) for name, each in asked.items()}
     have = {name: there.get(name, 0.0) for name in asked}
     if any(asked[name] > have[name] for name in asked):
@@ -117,7 +132,7 @@ def room_notes(config: TrainConfig, there: dict[str, float], *, grows: bool) -> 
             raise UsageError(f"{text}. Give fewer --workers or --gpus-per-worker.")
         return [f"{text}, and training begins once the cluster has grown."]
     if have["GPU"] and not asked["GPU"]:
-        return [f"{have['GPU']:g} GPU(s) are not used: --gpus-per-worker is 0."]
+        return [f"{have['GPU']:g} GPU(s) are not used: --gpus-per-worker is {asked['GPU']:g}."]
     return []
 
 
@@ -161,7 +176,7 @@ def _ray_trainer(plan: Plan, mail: Queue) -> TensorflowTrainer:
     # checkpoint waits for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     path, filesystem = _ray_storage(config)
-    gpus = config.gpus_per_worker
+    gpus = config.gpus_per_worker or 0.0
     return TensorflowTrainer(
         _train_worker,
         train_loop_config={
@@ -328,7 +343,10 @@ def _disk_error(error: OSError, output: str) -> RunFailed:
 def _train(
     config: TrainConfig, preset: Preset, data: TrainingData, mail: Queue, init_hash: str | None
 ) -> None:
-    tf = configure_tensorflow(threads=config.threads, use_gpu=config.gpus_per_worker > 0)
+    use_gpu = bool(config.gpus_per_worker)
+    tf = configure_tensorflow(threads=config.threads, use_gpu=use_gpu)
+    if use_gpu and not has_gpu(tf):
+        mail.put({"note": f"{socket.gethostname()}: {NO_GPU}"})
     rank = ray.train.get_context().get_world_rank()
     precision = choose_precision(config.precision, tf)
     ray_stream = RayStream(data.training, config, preset, rank=rank)
