@@ -152,7 +152,9 @@ class DenoiseConfig:
         (), "Only relative paths that match; may be given several times.", metavar="GLOB"
     )
     exclude: tuple[str, ...] = setting((), "No relative paths that match.", metavar="GLOB")
-    limit: int | None = setting(None, "Stop after the first N inputs, in the order of listing.", metavar="N")
+    limit: int | None = setting(
+        None, "Stop after the first N inputs, in the order of listing.", metavar="N"
+    )
     dry_run: bool = setting(False, "List what would be done and stop.")
     patch: str = setting(
         "256", "Core of a patch in pixels; auto: as large as memory allows.", metavar="256|N|auto"

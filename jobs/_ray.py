@@ -26,10 +26,12 @@ def start_ray() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A worker for reading and writing takes seconds of CPU to start; Ray ends it after one idle.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    # Calls to a machine that is cut off stay open until Ray asks: after 300 s, and for 120 s more.
-    # Ray's servers hang up on who asks more often than once a minute: a training's one long call.
-    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
-    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
+    if os.environ.get("RAY_ADDRESS"):
+        # Calls to a machine that is cut off stay open until Ray asks: after 300 s, and for 120 s
+        # more. Ray's servers hang up on who asks more often than once a minute: a training's one
+        # long call. On one machine nothing is cut off, and a busy one answers late.
+        os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
+        os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
     # Without this a thread that outlives Ray at the end of a run starts a new one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray

@@ -149,7 +149,7 @@ def test_the_actor_measures_what_the_write_stage_would(checkpoint: str, tmp_path
                  "data_range": [0, 255], "sigma_in": 5.0, "path": "a", "image_id": "a",
                  "region": 0}  # fmt: skip
         actor = Denoise.__new__(Denoise)
-        actor.job, actor.measures, actor.guard = job, not use_gpu, FreeGuard(job)
+        actor.job, actor.use_gpu, actor.guard = job, use_gpu, FreeGuard(job)
         fixed = SimpleNamespace(denoise_parts=lambda parts: [values], device="cpu", precision="f")
         actor.denoisers = {checkpoint: fixed}
         (item,) = to_items(next(actor(to_table(Item(facts, pixels=pixels, metadata=b"")))))

@@ -416,11 +416,27 @@ class Mail:
         self.items = list(items)
 
     def get(self, timeout: float) -> object:
+        from ray.exceptions import ActorUnavailableError
         from ray.util.queue import Empty
 
         if not self.items:
             raise Empty
+        if isinstance(self.items[0], ActorUnavailableError):
+            raise self.items.pop(0)
         return self.items.pop(0)
+
+
+def test_mail_that_does_not_come_for_a_while_ends_no_training():
+    from ray.exceptions import ActorUnavailableError
+
+    from denoise_core.pipelines.train import _read
+
+    mail = Mail(ActorUnavailableError("busy", None), {"step": 6})
+    shown: list[dict[str, object]] = []
+    _read(mail, told=[], show=shown.append, wait_s=0.0)
+    assert shown == []
+    _read(mail, told=[], show=shown.append, wait_s=0.0)
+    assert shown == [{"step": 6}]
 
 
 def test_an_error_that_the_training_recovered_from_is_forgotten():

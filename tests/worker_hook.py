@@ -75,8 +75,8 @@ def install() -> None:
 
 
 def patch(stages: Any) -> None:
-    stages.REGION_FROM_PIXELS = REGION_FROM_PIXELS
-    decode, encode_, part = stages.decode, stages.Write._write, stages.Denoise._part
+    stages.expand.REGION_FROM_PIXELS = REGION_FROM_PIXELS
+    decode, encode_, part = stages.read.decode, stages.Write._write, stages.Denoise._part
     publish = stages.publish_image
 
     def faulty_decode(data: bytes, *, name: str, **more: Any) -> Any:
@@ -108,7 +108,7 @@ def patch(stages: Any) -> None:
             wait(3.0)
         return publish(job, facts)
 
-    stages.decode = faulty_decode
+    stages.read.decode = faulty_decode
     stages.Denoise._part = faulty_part
     stages.Write._write = faulty_write
     stages.publish_image = slow_publish

@@ -254,6 +254,9 @@ def _read(mail: Queue, *, told: list[DenoiseError], show: Show, wait_s: float) -
             show(item)
     except Empty:
         return
+    except ray.exceptions.ActorUnavailableError:
+        # It is there again soon, or dies, which is another error.
+        time.sleep(wait_s)
 
 
 def _root_cause(error: BaseException) -> str:
