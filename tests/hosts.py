@@ -41,7 +41,7 @@ ACTOR, DRIVER, RAYLET = (
 )
 # Folders of the bucket. The S3 server remembers for minutes what it has listed, so they are there
 # from the beginning.
-FOLDERS = ("in", "poison", "photos")
+FOLDERS = ("in", "poison", "photos", "many")
 
 
 def ip(*words: Any, check: bool = True) -> None:
