@@ -534,7 +534,11 @@ class TuneConfig:
         "Trials at one time, which share the CPUs; auto: one for two CPUs, or by the GPUs.",
         metavar="auto|N",
     )
-    gpus_per_trial: float = setting(0.0, "GPUs of one trial; fractions share one.", metavar="0..1")
+    gpus_per_trial: float | None = setting(
+        None,
+        "GPUs of one trial; fractions share one; default: one, if there is any.",
+        metavar="0..1",
+    )
     precision: str = setting(
         "auto",
         "Compute type; auto: bfloat16 where the device is fast at it.",
@@ -554,9 +558,9 @@ class TuneConfig:
         require(self.trials >= 1, "--trials: expected a number from 1.")
         require(self.max_failures >= 0, "--max-failures: expected a number from 0.")
         require(
-            0 <= self.gpus_per_trial <= 1,
-            f"--gpus-per-trial {self.gpus_per_trial:g}: expected 0 to 1, since a trial trains on "
-            "one GPU.",
+            self.gpus_per_trial is None or 0 <= self.gpus_per_trial <= 1,
+            f"--gpus-per-trial {self.gpus_per_trial}: expected 0 to 1, since a trial trains on one "
+            "GPU.",
         )
         parse_auto_int(self.concurrent, name="concurrent", words=("auto",), low=1)
         self.training()

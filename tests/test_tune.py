@@ -424,6 +424,25 @@ class Counter:
         self.number = int((folder / "number").read_text())
 
 
+@pytest.mark.parametrize(
+    ("gpus", "stated", "at_once", "each"),
+    [
+        (0.0, None, 4, {"cpu": 2, "gpu": 0.0}),
+        (2.0, None, 2, {"cpu": 4, "gpu": 1.0}),
+        (2.0, 0.5, 4, {"cpu": 2, "gpu": 0.5}),
+        (2.0, 0.0, 4, {"cpu": 2, "gpu": 0.0}),
+    ],
+)
+def test_trials_share_the_gpus_that_are_there(monkeypatch, gpus, stated, at_once, each):
+    from denoise_core.pipelines import tune
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": gpus}}]
+    ray = SimpleNamespace(cluster_resources=lambda: nodes[0]["Resources"], nodes=lambda: nodes)
+    monkeypatch.setattr(tune, "ray", ray)
+    config = SimpleNamespace(gpus_per_trial=stated, concurrent="auto")
+    assert tune._resources(SimpleNamespace(config=config), trials=20) == (at_once, each)
+
+
 def test_the_last_whole_state_of_a_trial_is_taken_up(tmp_path):
     from denoise_core.pipelines.tune import _load, _save
 
@@ -555,7 +574,7 @@ def test_wrong_usage_is_told_before_ray_starts(tiny, data, tmp_path, settings, s
         ({"output": "s3://bucket/x"}, "expected a local folder"),
         ({"concurrent": "0"}, "--concurrent '0'"),
         ({"gpus_per_trial": -1.0}, "--gpus-per-trial"),
-        ({"gpus_per_trial": 2.0}, "--gpus-per-trial 2: expected 0 to 1"),
+        ({"gpus_per_trial": 2.0}, "--gpus-per-trial 2.0: expected 0 to 1"),
         ({"stop": "median"}, "--stop 'median': expected one of halving, none"),
         ({"epochs": 1.0}, "one of --steps N"),
         ({"data": ()}, "No DATA given"),

@@ -254,6 +254,7 @@ def _tuner(search: Search, board: Board, output: Path) -> tune.Tuner:
     # Its newer printer shows a table of itself at every verbosity.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     at_once, resources = _resources(search, trials=len(board.left))
+    # None for a GPU, which TensorFlow's own number of them serves.
     threads = max(1, int(resources["cpu"])) if not resources.get("gpu") else None
     shutil.rmtree(output / "ray", ignore_errors=True)
     return tune.Tuner(
@@ -286,7 +287,7 @@ def _resources(search: Search, *, trials: int) -> tuple[int, dict[str, float]]:
     """Return the trials at one time and the CPUs and GPUs of each."""
     config, cluster = search.config, ray.cluster_resources()
     cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    share = config.gpus_per_trial
+    share = float(gpus >= 1.0) if config.gpus_per_trial is None else config.gpus_per_trial
     if share > gpus:
         raise UsageError(f"--gpus-per-trial {share:g}: the cluster has {gpus:g} GPU(s).")
     if config.concurrent == "auto":
@@ -414,7 +415,7 @@ def _report_failure(note: str) -> None:
 def _train(search: Search, number: int, threads: int | None) -> None:
     from denoise_core.training import Trainer
 
-    tf = configure_tensorflow(threads=threads, use_gpu=search.config.gpus_per_trial > 0)
+    tf = configure_tensorflow(threads=threads, use_gpu=threads is None)
     plan = search.plan(number)
     trainer = Trainer(
         plan.config, plan.preset, plan.data, precision=choose_precision(plan.config.precision, tf)
