@@ -309,7 +309,8 @@ def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -
     code, text = run_job(*flags, "--max-error-rate", "0.5")
     assert code == 0, text
     assert time.monotonic() - started < 15
-    assert "2 already done" in text
+    assert "1 already done" in text
+    assert "1 failed in earlier runs" in text
     assert "--retry-failed" in text
     assert "\x1b" not in text
     assert (out / "_SUCCESS").exists()
