@@ -54,7 +54,7 @@ def import_tensorflow() -> Any:
 def without_keras_extras() -> Iterator[None]:
     """Let Keras take it that there are no pyplot and no scikit-learn, for which it has extras.
 
-    To import them takes half as long as TensorFlow itself.
+    To import them takes seconds, in every process that computes.
     """
     hidden = [name for name in KERAS_EXTRAS if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
