@@ -13,7 +13,7 @@ from typing import Any
 # CPUs that multiply bfloat16 in hardware; elsewhere it is emulated and slower than float32.
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 # What Keras imports where it is installed.
-KERAS_EXTRAS = ("matplotlib.pyplot", "sklearn")
+KERAS_EXTRAS = ("matplotlib", "matplotlib.pyplot", "cv2", "sklearn")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -52,9 +52,9 @@ def import_tensorflow() -> Any:
 
 @contextmanager
 def without_keras_extras() -> Iterator[None]:
-    """Let Keras take it that there are no pyplot and no scikit-learn, for which it has extras.
+    """Let Keras take it that KERAS_EXTRAS are not installed: it imports them to draw and to wrap.
 
-    To import them takes seconds, in every process that computes.
+    That takes a second or two, in every process that computes.
     """
     hidden = [name for name in KERAS_EXTRAS if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]

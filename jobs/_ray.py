@@ -12,6 +12,9 @@ from typing import Any
 
 from denoise_core.errors import RunFailed
 
+# Ray gives its processes 30 s to start, by a constant; on a busy machine the first try may miss it.
+LOCAL_STARTS = 2
+
 
 def start_ray() -> None:
     """Call `ray.init` once: by RAY_ADDRESS where it is set, else on this machine alone.
@@ -51,20 +54,25 @@ def end_on_sigterm() -> None:
 
 def _join(ray: Any) -> None:
     local = None if os.environ.get("RAY_ADDRESS") else "local"
-    try:
-        with _silent_stderr():
-            ray.init(
-                address=local,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False if local else None,
-            )
-    except Exception as error:  # Ray raises that very class where its start takes too long
-        where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-        raise RunFailed(
-            f"Ray {where} could not be started or joined ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})."
-        ) from error
+    starts = LOCAL_STARTS if local else 1
+    for start in range(1, starts + 1):
+        try:
+            with _silent_stderr():
+                ray.init(
+                    address=local,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    include_dashboard=False if local else None,
+                )
+            return
+        except Exception as error:  # Ray raises that very class where its start takes too long
+            if start < starts:
+                continue
+            where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            raise RunFailed(
+                f"Ray {where} could not be started or joined ({type(error).__name__}: {reason})."
+            ) from error
 
 
 @contextmanager

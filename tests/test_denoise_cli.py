@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from denoise_core.config import DenoiseConfig
+from denoise_core.errors import RunFailed
 from denoise_core.pipelines.denoise import Outcome, Totals
 from jobs import denoise
 from jobs._cli import settings_command
@@ -167,25 +168,54 @@ def test_paths_that_cannot_work_are_refused_and_leave_nothing(
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_ray_that_cannot_be_joined_is_one_sentence(
-    tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What Ray's starts raise, one after the other; those that are left were not made."""
     import ray
 
-    def refuse(**_: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance.\nMore text")
+    from jobs import _ray
 
+    errors: list[Exception] = []
+
+    def init(**_: Any) -> None:
+        if errors:
+            raise errors.pop(0)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(_ray, "end_on_sigterm", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return errors
+
+
+def test_ray_that_cannot_be_joined_is_one_sentence(
+    tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch, ray_starts: list[Exception]
+) -> None:
     from jobs import _ray
 
     (tmp_path / "a.png").write_bytes(b"x")
     monkeypatch.setattr(denoise, "start_ray", _ray.start_ray)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "nowhere:1")
+    ray_starts += [ConnectionError("Could not find any running Ray instance.\nMore text")] * 2
     code, text = run(tmp_path, "--output", tmp_path / "o", "--model", checkpoint)
     assert code == 1
     assert "RAY_ADDRESS=nowhere:1" in text
     assert len(text.strip().splitlines()) == 1, text
+    assert len(ray_starts) == 1
+
+
+def test_a_local_ray_that_was_too_slow_to_start_is_started_again(
+    ray_starts: list[Exception],
+) -> None:
+    from jobs._ray import start_ray
+
+    late = Exception("The current node timed out during startup.")
+    ray_starts.append(late)
+    start_ray()
+    assert ray_starts == []
+    ray_starts += [late, late]
+    with pytest.raises(RunFailed, match=r"on this machine .* node timed out during startup"):
+        start_ray()
 
 
 def test_fault_of_the_program_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
