@@ -135,6 +135,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a model whose place `worker_hook` takes in Ray's workers, without TensorFlow."""
+    return helpers.make_checkpoint(tmp_path_factory.mktemp("model") / worker_hook.STAND_IN)
+
+
+@pytest.fixture(scope="session")
 def ray_session(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:

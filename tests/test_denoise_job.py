@@ -593,7 +593,7 @@ def test_changed_model_or_settings_redo_and_existing_rules(
 
 
 def test_a_run_that_lost_an_image_is_no_success(
-    ray_session: None, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever took it: no row, no success. The rerun does it, and makes the reports anew."""
     from denoise_core.pipelines.flow import Flow
@@ -609,17 +609,17 @@ def test_a_run_that_lost_an_image_is_no_success(
 
     monkeypatch.setattr(Flow, "__iter__", forgetful)
     with pytest.raises(RunFailed, match="1 of 3 images came to no end"):
-        denoise(tmp_path / "in", tmp_path / "out", checkpoint)
+        denoise(tmp_path / "in", tmp_path / "out", stand_in)
     assert not (tmp_path / "out/_SUCCESS").exists()
     monkeypatch.undo()
-    outcome = denoise(tmp_path / "in", tmp_path / "out", checkpoint)
+    outcome = denoise(tmp_path / "in", tmp_path / "out", stand_in)
     assert (outcome.totals.ok, outcome.totals.skipped) == (1, 2)
     assert (tmp_path / "out/_SUCCESS").exists()
     # One that was killed after its last row is ended by the next.
     written = json.loads((tmp_path / "out/run.json").read_text())
     (tmp_path / "out/run.json").write_text(json.dumps({**written, "finished": False}))
     (tmp_path / "out/report.html").unlink()
-    assert denoise(tmp_path / "in", tmp_path / "out", checkpoint).totals.skipped == 3
+    assert denoise(tmp_path / "in", tmp_path / "out", stand_in).totals.skipped == 3
     assert json.loads((tmp_path / "out/run.json").read_text())["finished"]
     assert (tmp_path / "out/report.html").exists()
 

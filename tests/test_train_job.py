@@ -168,8 +168,9 @@ def test_a_loss_that_is_not_finite_ends_the_job_without_another_try(ray_session,
     from denoise_core.pipelines.train import run_training
 
     config = TrainConfig(
-        data=(str(data),), output=str(tmp_path / "run"), steps=1000, learning_rate=1e30, threads=1
-    )
+        data=(str(data),), output=str(tmp_path / "run"), steps=1000, learning_rate=1e30, threads=1,
+        input="thread",
+    )  # fmt: skip
     rows: list[dict[str, float]] = []
     with pytest.raises(RunFailed, match=r"became .* at step \d+\. .*--resume and a lower"):
         run_training(prepare(config, TINY), show=rows.append)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import queue
 import threading
@@ -78,6 +79,8 @@ class Flow:
         stages: Stages = STAGES,
     ) -> None:
         self.job = job
+        # The error of a run that failed in this process holds its actors, and they its CPUs.
+        gc.collect()
         actor: Any = Ledger
         # Counts of deaths must outlast the machines that are lost.
         ledger = actor.options(**beside_driver()).remote()
