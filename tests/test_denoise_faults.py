@@ -5,6 +5,7 @@ Faults are made by `worker_hook` in Ray's workers, by the image's name.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,8 +97,10 @@ def test_a_codec_that_never_comes_back_is_ended_with_its_process(
 
 
 def test_fault_of_the_program_ends_the_run_in_one_sentence(
-    ray_session: None, stand_in: str, tmp_path: Path
+    ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from denoise_core.pipelines import flow
+
     write_pngs(tmp_path / "in", "bug")
     with pytest.raises(RunFailed, match="a bug of ours") as caught:
         denoise(tmp_path / "in", tmp_path / "out", stand_in)
@@ -105,6 +109,22 @@ def test_fault_of_the_program_ends_the_run_in_one_sentence(
     assert "KeyError" in trace.read_text()
     assert not (tmp_path / "out/.denoise/lock.json").exists()
     assert not (tmp_path / "out/_SUCCESS").exists()
+    # Another run in this process need not wait until Ray itself has the garbage collected, which
+    # holds the failed one's actors, and they the CPUs.
+    del caught
+    left = [weakref.ref(each) for each in gc.get_objects() if isinstance(each, flow.Flow)]
+    gone: list[bool] = []
+    build = flow.build_dataset
+
+    def building(*arguments: Any, **more: Any) -> Any:
+        gone.extend(each() is None for each in left)
+        return build(*arguments, **more)
+
+    monkeypatch.setattr(flow, "build_dataset", building)
+    write_pngs(tmp_path / "good", "one")
+    assert denoise(tmp_path / "good", tmp_path / "good-out", stand_in).totals.ok == 1
+    assert gone
+    assert all(gone)
 
 
 # What makes root obey permissions.
