@@ -169,8 +169,11 @@ class Sampler:
         seen.cpu_s = times.user + times.system
         if not self.memory:
             return 0
-        seen.rss = max(seen.rss, _high_water(handle.pid))
-        return self._detailed(handle, seen, title)
+        own = self._detailed(handle, seen, title)
+        # Asked last, and never under the USS: the process may have grown since, and the kernel
+        # counts the pages of a high-water mark roughly, those of a USS one by one.
+        seen.rss = max(seen.rss, _high_water(handle.pid), seen.uss)
+        return own
 
     def _detailed(self, handle: Any, seen: Process, title: str) -> int:
         """Note USS, PSS and what is shared; return the PSS.
@@ -185,7 +188,8 @@ class Sampler:
         self._details[handle.pid] = _Detail(moment, rss, now.pss)
         seen.pss = max(seen.pss, now.pss)
         if now.uss > seen.uss:
-            seen.uss, seen.shared, seen.peak_title = now.uss, now.rss - now.uss, title[:120]
+            seen.uss, seen.peak_title = now.uss, title[:120]
+            seen.shared = max(0, now.rss - now.uss)
         return int(now.pss)
 
 
