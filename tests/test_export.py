@@ -105,6 +105,41 @@ def test_an_onnx_file_names_its_axes_and_takes_other_sizes(tmp_path):
     np.testing.assert_allclose(session.run(None, {"noisy": image})[0], expected, atol=1e-5)
 
 
+@needs_onnx
+@pytest.mark.parametrize(("wrong", "tries"), [(2, 3), (99, export.ONNX_TRIES)])
+def test_an_onnx_file_with_an_axis_too_many_is_written_again(tmp_path, monkeypatch, wrong, tries):
+    import onnx
+
+    written = []
+    build = Checkpoint.build
+
+    def build_with_bad_exports(self, **more):
+        model = build(self, **more)
+        write = model.export
+
+        def export(path, **more):
+            write(path, **more)
+            written.append(path)
+            if len(written) <= wrong:
+                graph = onnx.load(path)
+                graph.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 1
+                onnx.save(graph, path)
+
+        model.export = export
+        return model
+
+    monkeypatch.setattr(Checkpoint, "build", build_with_bad_exports)
+    checkpoint, path = make(tmp_path / "model", "unet"), tmp_path / "out" / "model.onnx"
+    if wrong > tries:
+        with pytest.raises(CheckpointError, match="another number of axes 5 times"):
+            export_model(checkpoint, format="onnx", path=path)
+        assert not list(path.parent.iterdir())
+    else:
+        assert export_model(checkpoint, format="onnx", path=path) < 1e-5
+        assert path.is_file()
+    assert len(written) == tries
+
+
 def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch):
     def wrong(model, path):
         path.mkdir()
