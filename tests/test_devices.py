@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import stat
@@ -41,9 +42,20 @@ def test_a_broken_nvidia_smi_is_as_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", devices.KERAS_EXTRAS)
 def test_extras_are_hidden_from_keras_and_there_for_all_others(name, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
-    with devices.without_keras_extras(), pytest.raises(ImportError):
+    with devices.quick_import(), pytest.raises(ImportError):
         importlib.import_module(name)
     module = importlib.import_module(name)
 
-    with devices.without_keras_extras():
+    with devices.quick_import():
         assert sys.modules[name] is module
+
+
+def test_no_garbage_is_collected_during_a_quick_import_and_all_is_as_before_after_it():
+    try:
+        for before in (True, False):
+            (gc.enable if before else gc.disable)()
+            with devices.quick_import():
+                assert not gc.isenabled()
+            assert gc.isenabled() is before
+    finally:
+        gc.enable()

@@ -403,6 +403,28 @@ def test_samples_are_drawn_with_the_weights_that_were_validated(data, tmp_path, 
     assert abs(np.mean(raw) - row["psnr"]) > 0.01
 
 
+@pytest.mark.parametrize(("every_s", "steps"), [(1e6, [1, 4]), (0.0, [1, 2, 3, 4])])
+def test_curves_are_drawn_now_and_then_and_at_the_end(data, tmp_path, monkeypatch, every_s, steps):
+    from denoise_core import curves
+    from denoise_core.pipelines import train
+
+    monkeypatch.setattr(train.ray.train, "report", lambda *_, **__: None)
+    monkeypatch.setattr(train, "CURVES_S", every_s)
+    drawn = []
+    monkeypatch.setattr(
+        curves, "draw_curves", lambda rows, title: drawn.append(rows[-1]["step"]) or b""
+    )
+    monkeypatch.setattr(curves, "draw_samples", lambda *_, **__: b"")
+    settings = TrainConfig(
+        data=(str(data),), output=str(tmp_path / "run"), steps=4, validate_steps=1
+    )
+    plan = prepare(settings, TINY)
+    trainer = Trainer(plan.config, plan.preset, plan.data)
+    reporter = train.Reporter(trainer, plan.data, precision="float32", mail=Outbox())
+    trainer.run(lambda metrics, save: reporter.report(metrics))
+    assert drawn == steps
+
+
 def test_a_note_is_a_line_of_text_or_of_json(capsys):
     for progress, line in (("plain", "Mind.\n"), ("json", '{"note": "Mind."}\n')):
         config = TrainConfig(data=("in",), output="out", progress=progress)

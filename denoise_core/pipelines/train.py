@@ -33,26 +33,18 @@ from ray.util.queue import Empty, Queue
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
-from denoise_core.devices import (
-    NO_GPU,
-    choose_precision,
-    configure_tensorflow,
-    has_gpu,
-    without_keras_extras,
-)
+from denoise_core.devices import NO_GPU, choose_precision, configure_tensorflow, has_gpu
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
 from denoise_core.pipelines.cluster import beside_driver
 from denoise_core.pipelines.crops import STREAM_CPUS, RayStream
+from denoise_core.pipelines.tensorflow_trainer import Config, TensorflowTrainer
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
 from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer
 from denoise_core.training_data import TrainingData
-
-with without_keras_extras():  # imports TensorFlow
-    from ray.train.tensorflow import TensorflowTrainer
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
 # What a worker asks of Ray; with its stream it fits on one core, so that two workers train on a
@@ -60,6 +52,8 @@ HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rat
 WORKER_CPUS = 0.5
 # Of the validations one in so many leaves a picture of samples; and so do the first and the last.
 SAMPLES_EVERY = 5
+# Drawing curves takes half a second, as long as an epoch of a small preset may.
+CURVES_S = 30.0
 
 Array = np.ndarray
 Show = Callable[[dict[str, Any]], None]
@@ -186,6 +180,7 @@ def _ray_trainer(plan: Plan, mail: Queue) -> TensorflowTrainer:
             "mail": mail,
             "init_hash": plan.init_hash,
         },
+        tensorflow_config=Config(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
             use_gpu=gpus > 0,
@@ -420,6 +415,7 @@ class Reporter:
         self.reported = 0, trainer.progress.seconds
         self.rows: list[dict[str, float]] = []
         self.validations = 0
+        self.curves_drawn = -math.inf
         self.logs: Path | None = None
         if trainer.rank == 0:
             self.rows = known_rows(self.files.read(HISTORY), step=trainer.progress.step)
@@ -480,8 +476,9 @@ class Reporter:
         from denoise_core.curves import draw_curves, draw_samples
 
         title = f"{config.preset}, step {row['step']}"
-        curves = draw_curves([*self.rows, row], title=title)
-        self.files.write("curves.png", curves)
+        if done or time.monotonic() - self.curves_drawn >= CURVES_S:
+            self.files.write("curves.png", draw_curves([*self.rows, row], title=title))
+            self.curves_drawn = time.monotonic()
         if done or self.validations % SAMPLES_EVERY == 0:
             # The target of noisy images alone is noise too: nothing to look at or to measure by.
             clean = config.self_supervised is None
