@@ -1,6 +1,6 @@
 """Faults on demand in Ray's workers, by the name of the image; installed by the Ray fixture.
 
-The product has no switch for this: Ray calls `install` in each worker before its first task. A
+The product has no switch for this: Python calls `install` where `hooked` is in PYTHONPATH. A
 `poison-STAGE` kills its worker in that stage, with the signal in its name or SIGKILL. TIFFs go
 through in regions from half a megapixel on, so that small ones show it. A model whose path ends in
 `STAND_IN` is one that halves each value, so that no actor starts TensorFlow where the model is not
@@ -149,8 +149,6 @@ def patch(stages: Any) -> None:
 
 def start_ray() -> None:
     """Start Ray with the hook in every worker, as quietly as the job does."""
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -159,14 +157,24 @@ def start_ray() -> None:
 
     from jobs._ray import end_on_sigterm
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"worker_process_setup_hook": "worker_hook.install"},
+    here, before = Path(__file__).parent, os.environ.get("PYTHONPATH")
+    # No `worker_process_setup_hook` of Ray's: with it each worker starts Python and Ray twice.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(here / "hooked"), str(here), before))
     )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     end_on_sigterm()
 
 
