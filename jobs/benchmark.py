@@ -36,7 +36,7 @@ from denoise_core.benchmarks import (
     write_result,
 )
 from denoise_core.benchmarks.model import ModelConfig
-from denoise_core.benchmarks.quality import split_words
+from denoise_core.benchmarks.quality import BASELINES, split_words
 from denoise_core.benchmarks.tables import machine_facts
 from denoise_core.config import setting
 from jobs._cli import settings_command
@@ -68,6 +68,9 @@ class AllConfig(ModelConfig):
     bare_seconds: float = setting(20.0, "Least time of throughput's bare model.", metavar="S")
     limit: int = setting(10, "Images for the slow baselines.", metavar="N")
     images: int | None = setting(None, "Images for quality.", metavar="N")
+    baselines: str = setting(
+        BASELINES, "Filters beside quality's models; or none.", metavar="NAME[,NAME]"
+    )
     side: int = setting(12_000, "Side of memory's TIFF.", metavar="N")
     photo_sizes: str = setting("12,16,20,24,12,16,20,24", "Mpx of memory's photographs.")
     names: int = setting(1_000_000, "Names of listing.", metavar="N")
@@ -84,7 +87,13 @@ class AllConfig(ModelConfig):
                 megapixels=self.megapixels,
                 bare_seconds=self.bare_seconds,
             ),
-            "quality": QualityConfig(**same, data=self.data, limit=self.limit, images=self.images),
+            "quality": QualityConfig(
+                **same,
+                data=self.data,
+                limit=self.limit,
+                images=self.images,
+                baselines=self.baselines,
+            ),
             "harm": HarmConfig(**same, data=first),
             "precision": PrecisionConfig(**same, data=first),
             "memory": MemoryConfig(**same, side=self.side, photos=self.photo_sizes),

@@ -69,7 +69,7 @@ def test_all_runs_every_benchmark_and_joins_the_tables(
     command = [
         *("all", "--output", str(tmp_path), "--model", checkpoint, "--data", str(clean_folder)),
         *("--megapixels", "0.9", "--limit", "1", "--side", "300", "--photo-sizes", "0.1,0.2"),
-        *("--names", "500", "--bare-seconds", "0.1"),
+        *("--names", "500", "--bare-seconds", "0.1", "--baselines", "identity,wavelet"),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "jobs.benchmark", *command],
@@ -82,6 +82,8 @@ def test_all_runs_every_benchmark_and_joins_the_tables(
     for name in ("throughput", "quality", "harm", "precision", "memory", "listing"):
         read(tmp_path, name)
         assert (tmp_path / f"{name}.md").read_text() in joined
+    methods = {row["method"] for row in read(tmp_path, "quality")["folders"][0]["figures"]}
+    assert methods == {checkpoint, "identity", "wavelet"}
     check_throughput(read(tmp_path, "throughput"))
     check_memory(read(tmp_path, "memory"))
     check_precision(read(tmp_path, "precision"))

@@ -30,6 +30,7 @@ from denoise_core.models.classical import CLASSICAL
 Array = np.ndarray
 Method = Callable[[Array, float], Array]
 
+BASELINES = "identity,wavelet,tv,nlm,nlm-opencv,bm3d"
 SLOW = ("bm3d", "nlm", "nlm-opencv", "tv")
 """Baselines that see only `--limit` images."""
 
@@ -71,7 +72,7 @@ class QualityConfig(ModelConfig):
     sigma: str = setting("15,25,50", "Noise, of 255.", metavar="S[,S]")
     model: str = setting("unet-s", "Shipped names or paths.", metavar="NAME|PATH[,...]")
     baselines: str = setting(
-        "identity,wavelet,tv,nlm,nlm-opencv,bm3d",
+        BASELINES,
         f"Of {', '.join(CLASSICAL)}; or none.",
         metavar="NAME[,NAME]",
     )

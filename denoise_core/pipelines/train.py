@@ -169,6 +169,9 @@ def _ray_trainer(plan: Plan, mail: Queue) -> TensorflowTrainer:
     # Ray looks for what the workers report at each such interval, by itself every 2 s, and a
     # checkpoint waits for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not os.environ.get("RAY_ADDRESS"):
+        # One machine is not taken away from under its own driver: a process less.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     path, filesystem = _ray_storage(config)
     gpus = config.gpus_per_worker or 0.0
     return TensorflowTrainer(
