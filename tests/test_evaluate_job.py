@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -31,6 +34,7 @@ from denoise_core.denoiser import Denoiser
 from denoise_core.errors import RunFailed
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.metrics import psnr, ssim
+from denoise_core.pipelines import evaluate as pipeline
 from denoise_core.pipelines.evaluate import Watcher, run_evaluation
 from jobs import evaluate
 
@@ -165,3 +169,34 @@ def test_damaged_weights_end_the_run_with_a_sentence(tmp_path: Path) -> None:
         run_evaluation(config, watcher=Watcher())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_an_interrupted_evaluation_ends_its_work_before_it_clears_up(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in", "a.png", as_dtype(picture(16, 16, 3), "uint8"))
+    late = tmp_path / "out/.evaluate/ends/late.npz"
+
+    class Work:
+        """As Ray Data's: it ends when nobody holds it, and an actor of it may still write."""
+
+        def __del__(self) -> None:
+            late.parent.mkdir(parents=True)
+            late.touch()
+
+    def results(*_: Any) -> Iterator[pa.Table]:
+        work = Work()  # noqa: F841
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(pipeline, "_results", results)
+    monkeypatch.setattr(pipeline, "END_S", 0.0)
+    config = EvaluateConfig(
+        data=(str(tmp_path / "in"),), output=str(tmp_path / "out"), model=(checkpoint,)
+    )
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_evaluation(config, watcher=Watcher())
+    del caught
+    gc.collect()
+    assert late.parent.exists()
+    assert files_below(tmp_path / "out") == []

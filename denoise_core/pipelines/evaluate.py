@@ -6,8 +6,10 @@ Ray only when there is work.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -39,6 +41,8 @@ TASK_DIGITS, TASK_PHOTOS = 64, 8
 # An actor that dies this often ends the run; Ray Data would start it for ever.
 RESTARTS = 2
 NO_PROGRESS_S = 1800
+# Actors that nobody wants any more are gone after so long, also those on other machines.
+END_S = 2.0
 
 
 class Watcher:
@@ -86,7 +90,11 @@ def run_evaluation(
             start_ray()
         started = time.monotonic()
         try:
-            collected = collect(plan, shots, watcher)
+            try:
+                collected = collect(plan, shots, watcher)
+            except BaseException as error:
+                _end_work(error)
+                raise
             collected.seconds = time.monotonic() - started
             return _publish(plan, shots, collected, watcher)
         finally:
@@ -129,6 +137,13 @@ def make_plan(config: EvaluateConfig, watcher: Watcher) -> Plan:
         filters=tuple(filters),
         noises=noises,
     )
+
+
+def _end_work(error: BaseException) -> None:
+    """Let go of the pipeline, which the error's frames hold: its actors would go on to write."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    time.sleep(END_S)
 
 
 def _sweep(plan: Plan) -> None:
