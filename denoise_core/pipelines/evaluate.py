@@ -41,7 +41,8 @@ TASK_DIGITS, TASK_PHOTOS = 64, 8
 # An actor that dies this often ends the run; Ray Data would start it for ever.
 RESTARTS = 2
 NO_PROGRESS_S = 1800
-# Actors that nobody wants any more are gone after so long, also those on other machines.
+# Actors that nobody wants any more have so long to end. What a slower one writes, or one whose
+# driver is interrupted once more meanwhile, is deleted when the next evaluation begins.
 END_S = 2.0
 
 

@@ -1,7 +1,7 @@
 """Ray Train's `TensorflowTrainer` without TensorFlow in the processes that do not train.
 
 `ray.train.tensorflow` imports TensorFlow, of which it needs but annotations until it is called. In
-the driver, and once more in Ray Train's controller, that took seconds and 400 MB. Here it is given
+the driver, and once more in Ray Train's controller, that took seconds and 230 MB. Here it is given
 stand-ins, which import TensorFlow when they are first used.
 """
 
