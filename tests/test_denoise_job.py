@@ -36,7 +36,7 @@ from PIL import Image
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.choice import residual_rms
-from denoise_core.errors import RunFailed, UsageError
+from denoise_core.errors import AccessDenied, RunFailed, UsageError
 from denoise_core.images import decode
 from denoise_core.metrics import error_sums
 from denoise_core.results import SCHEMA
@@ -592,10 +592,11 @@ def test_changed_model_or_settings_redo_and_existing_rules(
     assert row["model_id"] == "tiny-1"
 
 
-def test_a_run_that_lost_an_image_is_no_success(
+def test_a_run_that_lost_an_image_or_its_row_is_no_success(
     ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever took it: no row, no success. The rerun does it, and makes the reports anew."""
+    from denoise_core import results
     from denoise_core.pipelines.flow import Flow
 
     for name in "abc":
@@ -609,6 +610,15 @@ def test_a_run_that_lost_an_image_is_no_success(
 
     monkeypatch.setattr(Flow, "__iter__", forgetful)
     with pytest.raises(RunFailed, match="1 of 3 images came to no end"):
+        denoise(tmp_path / "in", tmp_path / "out", stand_in)
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    monkeypatch.undo()
+
+    def refused(journal: results.Journal) -> None:
+        raise AccessDenied("OUT: the file system is read-only; choose another output")
+
+    monkeypatch.setattr(results.Journal, "flush", refused)
+    with pytest.raises(RunFailed, match=r"^the work stopped: OUT: .* another output\. Finished "):
         denoise(tmp_path / "in", tmp_path / "out", stand_in)
     assert not (tmp_path / "out/_SUCCESS").exists()
     monkeypatch.undo()

@@ -25,9 +25,9 @@ from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry, working_bytes
 from denoise_core.devices import NO_GPU, device_memory
-from denoise_core.errors import ObjectNotFound, RunFailed, UsageError
+from denoise_core.errors import ObjectNotFound, RunFailed, StorageError, UsageError
 from denoise_core.lock import Lock, new_run_id, output_lock
-from denoise_core.pipelines.job import Facts, Job, Model, merge_reference, now
+from denoise_core.pipelines.job import SAFE, Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import (
     Storage,
@@ -347,19 +347,23 @@ class _Run:
         return content
 
     def _do(self, shards: list[str]) -> None:
-        self.storage.delete(join(self.out, "_SUCCESS"))
-        self._write_run_json(finished=False)
         try:
-            if shards:
-                self._work(shards)
-        finally:
-            self.journal.flush()
-            self._tick(force=True)
-            results.publish(self.storage, self.out, run_id=self.job.run_id)
-        self._sweep("work")
-        self._sweep("regions")
-        self._write_run_json(finished=True)
-        build_report(self.out, self.job.options)
+            self.storage.delete(join(self.out, "_SUCCESS"))
+            self._write_run_json(finished=False)
+            try:
+                if shards:
+                    self._work(shards)
+            finally:
+                self.journal.flush()
+                self._tick(force=True)
+                results.publish(self.storage, self.out, run_id=self.job.run_id)
+            self._sweep("work")
+            self._sweep("regions")
+            self._write_run_json(finished=True)
+            build_report(self.out, self.job.options)
+        except StorageError as error:
+            # The driver met it first; from a worker it comes in the same words.
+            raise RunFailed(f"the work stopped: {str(error).removesuffix('.')}. {SAFE}") from error
 
     def _sweep(self, folder: str) -> None:
         """Delete what is of no use once a run is over; killed runs leave some, hidden files too."""
@@ -425,8 +429,7 @@ class _Run:
         if self.totals.done < self.totals.to_do:
             raise RunFailed(
                 f"{self.totals.to_do - self.totals.done} of {self.totals.to_do} images came to no "
-                "end, neither written nor failed. Finished images are safe, the same command goes "
-                "on with the rest."
+                f"end, neither written nor failed. {SAFE}"
             )
 
     def _take(self, facts: Facts) -> Facts | None:

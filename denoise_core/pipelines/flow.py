@@ -24,7 +24,7 @@ from denoise_core.pipelines.cluster import (
     set_data_context,
     stopped,
 )
-from denoise_core.pipelines.job import Facts, Job, now
+from denoise_core.pipelines.job import SAFE, Facts, Job, now
 from denoise_core.pipelines.ledger import Ledger
 from denoise_core.pipelines.stages import (
     Denoise,
@@ -156,9 +156,7 @@ class Flow:
             options=self.job.options,
             patience_s=NO_PROGRESS_S + self.job.config.timeout_per_image,
         )
-        return RunFailed(
-            f"{error} Finished images are safe, the same command goes on with the rest."
-        )
+        return RunFailed(f"{error} {SAFE}")
 
 
 def build_dataset(

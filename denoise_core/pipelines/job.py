@@ -16,6 +16,9 @@ from denoise_core.storage import StorageOptions, join
 Facts = dict[str, Any]
 """What is known of a work item so far, as plain JSON types."""
 
+# The end of what is told of a run that stopped.
+SAFE = "Finished images are safe, the same command goes on with the rest."
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
