@@ -135,6 +135,11 @@ def test_quality_of_baselines(clean_folder: Path, checkpoint: str, tmp_path: Pat
     assert "PSNR of" in (tmp_path / "quality.md").read_text()
 
 
+def test_models_of_one_name_have_their_paths_in_the_table() -> None:
+    titles = quality._titles(["a/best", "b/best", "a/best", "runs/mine", "tv"])
+    assert titles == {"a/best": "a/best", "b/best": "b/best", "runs/mine": "mine", "tv": "tv"}
+
+
 def test_a_users_model_is_measured_in_its_own_range(
     clean_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -419,7 +419,7 @@ def test_result_depends_on_no_actor_neighbour_or_order(
 
 
 def test_large_images_have_figures_or_are_copied(
-    ray_session: None, checkpoint: str, tmp_path: Path
+    ray_session: None, stand_in: str, tmp_path: Path
 ) -> None:
     """In regions: errors against a reference are those of the whole; a quiet image is copied."""
     noisy, clean = (as_dtype(picture(700, 1100, 3, sigma=s), "uint8") for s in (20.0, 0.0))
@@ -432,7 +432,7 @@ def test_large_images_have_figures_or_are_copied(
         tifffile.imwrite(tmp_path / "clean" / name, clean, tile=(128, 128), photometric="rgb")
     tifffile.imwrite(tmp_path / "clean" / "other.tif", clean[:-1], photometric="rgb")
     outcome = denoise(
-        tmp_path / "in", tmp_path / "out", checkpoint, region=512, copy_below="1.5",
+        tmp_path / "in", tmp_path / "out", stand_in, region=512, copy_below="1.5",
         reference=str(tmp_path / "clean"),
     )  # fmt: skip
     rows = by_name(tmp_path / "out")
@@ -570,21 +570,21 @@ def test_changed_input_and_missing_output_are_redone_alone(job: Any, checkpoint:
 
 
 def test_changed_model_or_settings_redo_and_existing_rules(
-    job: Any, checkpoint: str, tmp_path: Path
+    job: Any, stand_in: str, tmp_path: Path
 ) -> None:
     folder, out = job.source / "sub", tmp_path / "out"
     dry = {"dry_run": True}
-    assert denoise(folder, out, checkpoint).totals.ok == 1
-    assert denoise(folder, out, checkpoint, **dry).totals.to_do == 0
-    assert denoise(folder, out, checkpoint, strength=0.5, **dry).totals.to_do == 1
-    assert denoise(folder, out, checkpoint, region=512, actors="2", **dry).totals.to_do == 0
+    assert denoise(folder, out, stand_in).totals.ok == 1
+    assert denoise(folder, out, stand_in, **dry).totals.to_do == 0
+    assert denoise(folder, out, stand_in, strength=0.5, **dry).totals.to_do == 1
+    assert denoise(folder, out, stand_in, region=512, actors="2", **dry).totals.to_do == 0
     other = make_checkpoint(tmp_path / "other", seed=1)
     assert denoise(folder, out, other, **dry).totals.to_do == 1
-    assert denoise(folder, out, checkpoint, existing="overwrite", **dry).totals.to_do == 1
+    assert denoise(folder, out, stand_in, existing="overwrite", **dry).totals.to_do == 1
     with pytest.raises(UsageError, match="--existing fail"):
-        denoise(folder, out, checkpoint, existing="fail")
+        denoise(folder, out, stand_in, existing="fail")
     with pytest.raises(UsageError, match="is a file; name a folder"):
-        denoise(folder, out / "run.json", checkpoint)
+        denoise(folder, out / "run.json", stand_in)
     first = snapshot(out / "images")
     assert denoise(folder, out, other).totals.ok == 1
     assert snapshot(out / "images") != first
@@ -635,14 +635,14 @@ def test_a_run_that_lost_an_image_or_its_row_is_no_success(
 
 
 def test_a_data_range_that_some_images_cannot_have_fails_those_alone(
-    ray_session: None, checkpoint: str, tmp_path: Path
+    ray_session: None, stand_in: str, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
     for seed, dtype in enumerate(("uint8", "uint16", "uint16", "uint8")):
         pixels = as_dtype(picture(40, 50, 1, seed=seed), dtype)
         (tmp_path / f"in/{seed}.png").write_bytes(png_bytes(pixels))
     outcome = denoise(
-        tmp_path / "in", tmp_path / "out", checkpoint, data_range="300:4095", copy_below="0"
+        tmp_path / "in", tmp_path / "out", stand_in, data_range="300:4095", copy_below="0"
     )
     assert (outcome.totals.ok, outcome.totals.failed) == (2, 2)
     assert "holds no uint8 value" in by_name(tmp_path / "out")["0.png"]["error_message"]

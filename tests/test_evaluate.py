@@ -23,6 +23,7 @@ from helpers import as_dtype, make_checkpoint, picture
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
+from denoise_core.devices import NO_GPU
 from denoise_core.errors import UnsupportedImage, UsageError
 from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
@@ -38,8 +39,8 @@ from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
 from denoise_core.metrics import psnr
 from denoise_core.models.classical import CLASSICAL
-from denoise_core.pipelines.evaluate import Watcher, run_evaluation
-from denoise_core.pipelines.measuring import Plan, RunFilters, RunModels
+from denoise_core.pipelines.evaluate import Watcher, collect, run_evaluation
+from denoise_core.pipelines.measuring import Notes, Plan, RunFilters, RunModels
 from denoise_core.storage import StorageOptions
 from jobs import evaluate
 from jobs._cli import repeat_flags, settings_command
@@ -682,6 +683,22 @@ def test_stages_and_what_they_leave(tmp_path: Path):
     assert warned.count("off loses") == 3
     assert "same loses" not in warned
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_gpus_that_tensorflow_does_not_see_are_told_once(monkeypatch: pytest.MonkeyPatch):
+    shots = [Shot("a.png", "/in/a.png"), Shot("b.png", "/in/b.png")]
+    told: list[str] = []
+
+    class Ear(Watcher):
+        note = staticmethod(told.append)
+
+    for misses in (False, True):
+        table = Notes(misses).to_table(shots, ["", ""])
+        monkeypatch.setattr(
+            "denoise_core.pipelines.evaluate._results", lambda *_, table=table: [table, table]
+        )
+        collect(None, shots, Ear())
+        assert told == [NO_GPU] * misses
 
 
 def vars_of(made: EvaluateConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,21 +183,28 @@ def _speeds(group: Sequence[dict[str, Any]]) -> str:
     return "/".join(number(v, 2 if v >= 0.1 else 4) for v in (row["mpx_per_s"] for row in group))
 
 
+def _titles(methods: Iterable[str]) -> dict[str, str]:
+    """What a table calls each: a path's last part where no other has it, so not RUN/best twice."""
+    names = {method: Path(method).name for method in methods}
+    count = Counter(names.values())
+    return {method: name if count[name] == 1 else method for method, name in names.items()}
+
+
 def _table(
     title: str, rows: Sequence[dict[str, Any]], files: Sequence[Path], config: QualityConfig
 ) -> str:
     """One row for each method; slow ones beside the first method on the images that they had."""
     sigmas = config.sigmas
     shown = "/".join(f"{sigma:g}" for sigma in sigmas)
-    first = rows[0]["method"]
+    titles = _titles([row["method"] for row in rows])
     header = ["method", "images", f"PSNR at {shown}", f"SSIM at {shown}", "Mpx/s", "cores"]
     subsets = any(len(row["images"]) < len(files) for row in rows)
-    header += [f"PSNR of {Path(first).name} there"] * subsets
+    header += [f"PSNR of {titles[rows[0]['method']]} there"] * subsets
     lines = []
     for start in range(0, len(rows), len(sigmas)):
         group, reference = rows[start : start + len(sigmas)], rows[: len(sigmas)]
         line = [
-            Path(group[0]["method"]).name,
+            titles[group[0]["method"]],
             str(len(group[0]["images"])),
             "/".join(number(row["psnr"]) for row in group),
             "/".join(number(row["ssim"], 4) for row in group),

@@ -40,6 +40,7 @@ class Collected:
     failures: list[dict[str, Any]] = field(default_factory=list)
     histograms: dict[tuple[str, str], Array] = field(default_factory=dict)
     codes: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    misses_gpu: bool = False
     seconds: float = 0.0
     _waiting: list[dict[str, Any]] = field(default_factory=list)
 
@@ -48,6 +49,7 @@ class Collected:
         for part in parts:
             self._waiting += part["rows"]
             self.failures += [row for row in part["rows"] if row["status"] == "failed"]
+            self.misses_gpu |= part.get("misses_gpu", False)
             for item in part.get("histograms", ()):
                 key = (item["method"], item["noise"])
                 counts = np.array(item["counts"], np.int64)

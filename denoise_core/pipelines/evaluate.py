@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from denoise_core.checkpoints import absolute_name
 from denoise_core.config import EvaluateConfig, as_dict
+from denoise_core.devices import NO_GPU
 from denoise_core.errors import ObjectNotFound, RunFailed
 from denoise_core.evaluation.methods import (
     choose_filters,
@@ -163,12 +164,15 @@ def _sweep(plan: Plan) -> None:
 def collect(plan: Plan, shots: list[Shot], watcher: Watcher) -> Collected:
     """Run the pipeline; return its rows, histograms and codes. Raises RunFailed."""
     collected = Collected()
-    done = 0
+    done, told = 0, False
     try:
         for table in _results(plan, shots):
             for text in table["result"].to_pylist():
                 done += collected.add(json.loads(text))
             collected.close()
+            if collected.misses_gpu and not told:
+                watcher.note(NO_GPU)
+                told = True
             watcher.update(done, len(shots))
     except Exception as error:
         import ray

@@ -145,6 +145,7 @@ class Bench:
 class Notes:
     """What a batch has to tell: rows of each image, sums of histograms over all of it."""
 
+    misses_gpu: bool = False
     rows: dict[str, list[Facts]] = field(default_factory=dict)
     codes: list[Facts] = field(default_factory=list)
     histograms: dict[tuple[str, str], Array] = field(default_factory=dict)
@@ -162,6 +163,7 @@ class Notes:
             parts = json.loads(text) if text else []
             own: Facts = {"rows": self.rows.get(shot.name, []), "image": shot.name}
             if place == 0:
+                own["misses_gpu"] = self.misses_gpu
                 own["codes"] = self.codes
                 own["histograms"] = [
                     {"method": m, "noise": n, "counts": c.tolist()}
@@ -237,14 +239,16 @@ class RunModels:
             Model(source, precision=plan.config.precision, options=plan.options)
             for source in plan.models
         ]
+        self.misses_gpu = use_gpu and any(each.denoiser.device != "gpu" for each in self.models)
 
     def prepare(self, plan: Plan) -> None:
         """Make all but the models."""
         self.plan, self.bench, self.ends = plan, Bench(plan), Ends()
+        self.misses_gpu = False
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Map names to names with results, those of the stage before included."""
-        notes, shots = Notes(), _shots(table)
+        notes, shots = Notes(self.misses_gpu), _shots(table)
         earlier = table["result"].to_pylist()
         readable = [
             shot
