@@ -635,14 +635,14 @@ def test_a_run_that_lost_an_image_or_its_row_is_no_success(
 
 
 def test_a_data_range_that_some_images_cannot_have_fails_those_alone(
-    ray_session: None, stand_in: str, tmp_path: Path
+    ray_session: None, checkpoint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
     for seed, dtype in enumerate(("uint8", "uint16", "uint16", "uint8")):
         pixels = as_dtype(picture(40, 50, 1, seed=seed), dtype)
         (tmp_path / f"in/{seed}.png").write_bytes(png_bytes(pixels))
     outcome = denoise(
-        tmp_path / "in", tmp_path / "out", stand_in, data_range="300:4095", copy_below="0"
+        tmp_path / "in", tmp_path / "out", checkpoint, data_range="300:4095", copy_below="0"
     )
     assert (outcome.totals.ok, outcome.totals.failed) == (2, 2)
     assert "holds no uint8 value" in by_name(tmp_path / "out")["0.png"]["error_message"]
