@@ -35,6 +35,8 @@ def start_ray() -> None:
         # long call. On one machine nothing is cut off, and a busy one answers late.
         os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
         os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
+    else:
+        rest_log_monitor()
     # Without this a thread that outlives Ray at the end of a run starts a new one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
@@ -45,6 +47,15 @@ def start_ray() -> None:
     _join(ray)
     # Ray has put a handler of its own in place, one that aborts.
     end_on_sigterm()
+
+
+def rest_log_monitor() -> None:
+    """Have the log monitor of a Ray that is started here look for no files.
+
+    Else it lists the folder of logs ten times a second, for a driver that prints none of them.
+    """
+    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+    os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "86400")
 
 
 def end_on_sigterm() -> None:

@@ -155,8 +155,9 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     import ray
 
-    from jobs._ray import end_on_sigterm
+    from jobs._ray import end_on_sigterm, rest_log_monitor
 
+    rest_log_monitor()
     here, before = Path(__file__).parent, os.environ.get("PYTHONPATH")
     # No `worker_process_setup_hook` of Ray's: with it each worker starts Python and Ray twice.
     os.environ["PYTHONPATH"] = os.pathsep.join(
