@@ -115,7 +115,7 @@ def set_data_context(
     if patience_s is not None:
         context.execution_no_progress_timeout_s = int(patience_s)
     # Ray Data 2.60 fetches the metadata of blocks in a thread. Small blocks, which the driver holds
-    # itself, then stay in its memory, and fewer of any size pass in a second: README, "Figures".
+    # itself, then stay in its memory, and fewer of any size pass in a second: README, "Scale".
     # RAY_DATA_METADATA_PREFETCH_ON_THREAD=0 says the same where it is set before Ray Data's import.
     metadata_fetcher._PREFETCH_ON_THREAD = False
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
