@@ -15,10 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import helpers
+import hypothesis
 import pytest
 import worker_hook
 
 pytest_plugins = ["browsing"]
+
+# No test is timed: beside other work an example may take a second.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # The files that take longest come first, so that no process is left alone with one at the end.
 LONGEST = ("train_job", "denoise_faults", "benchmark", "zarr", "denoise_job", "submit", "tune")

@@ -75,7 +75,7 @@ def whole_image(denoiser, image):
     return denoiser.predict(padded[None])[0, :height, :width]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=SIZES)
 def test_with_the_exact_halo_patches_give_the_whole_image(make, size):
     image = picture(*size)
@@ -98,7 +98,7 @@ def test_such_an_image_is_cut_and_a_smaller_halo_is_seen(make):
     assert np.abs(patched - expected).max() < np.abs(bare - expected).max()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(size=SIZES, region=st.sampled_from([32, 64]))
 def test_regions_give_the_bytes_of_the_whole_image(make, size, region):
     image = picture(*size)
@@ -114,7 +114,7 @@ def test_regions_give_the_bytes_of_the_whole_image(make, size, region):
     np.testing.assert_array_equal(result, expected)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=st.lists(SIZES, min_size=1, max_size=8), data=st.data())
 def test_bytes_do_not_depend_on_neighbours_order_or_batch_size(make, sizes, data):
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]

@@ -1236,7 +1236,7 @@ def test_windows_equal_the_whole(
     hnp.arrays("float32", 20, elements=st.floats(-1e5, 1e5, width=32)),
     st.sampled_from(["uint8", "uint16", "int16"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_to_dtype_rounds_and_clips(values: np.ndarray, dtype: str) -> None:
     info = np.iinfo(dtype)
     out = to_dtype(values, dtype)
@@ -1246,7 +1246,7 @@ def test_to_dtype_rounds_and_clips(values: np.ndarray, dtype: str) -> None:
 
 
 @given(hnp.arrays("uint16", 20), st.sampled_from(["uint8", "uint16", "uint32", "float32"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rescale_stays_within_half_a_level(values: np.ndarray, dtype: str) -> None:
     lo, hi = data_range(np.dtype(dtype))
     out = rescale(values, dtype, source=(0, 65535)).astype("float64")
@@ -1255,7 +1255,7 @@ def test_rescale_stays_within_half_a_level(values: np.ndarray, dtype: str) -> No
 
 
 @given(hnp.arrays("float32", st.integers(1, 50), elements=st.floats(-1e3, 1e3, width=32)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_data_range_of_floats(values: np.ndarray) -> None:
     lo, hi = data_range(values)
     assert lo < hi

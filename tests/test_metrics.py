@@ -130,7 +130,7 @@ def test_unsigned_differences_do_not_wrap_around():
     assert metrics.psnr(high, low, data_range=255) == 0.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, cut=st.integers(0, 80), dtype=st.sampled_from(["uint8", "uint16"]))
 def test_error_sums_of_parts_are_the_whole_exactly(shape, cut, dtype):
     a, b = random_image(1, shape, dtype), random_image(2, shape, dtype)
@@ -355,7 +355,7 @@ def test_seam_ratio_is_none_for_one_patch_and_finite_on_flat_patches():
     assert two_patches.seam_ratio == pytest.approx(1 / metrics.SEAM_FLOOR)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, dtype=st.sampled_from(DTYPES))
 def test_residual_stats_are_finite_on_any_size(shape, dtype):
     noisy, denoised = random_image(1, shape, dtype), random_image(2, shape, dtype)
@@ -384,7 +384,7 @@ def test_a_flat_image_whose_range_is_empty():
     assert stats == metrics.ResidualStats((0.0,), 0.0, None, None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, cut=st.integers(1, 79), dtype=st.sampled_from(DTYPES))
 def test_residual_sums_of_parts_are_the_whole_but_for_pairs_across(shape, cut, dtype):
     noisy, denoised = random_image(1, shape, dtype), random_image(2, shape, dtype)
