@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
 from denoise_core.benchmarks.tables import Result, cores, number, table
 from denoise_core.config import nearest, require, setting
 from denoise_core.errors import UsageError
-from denoise_core.evaluation.methods import find_model
+from denoise_core.evaluation.methods import find_model, label_models
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.models.classical import CLASSICAL
 
@@ -121,7 +120,8 @@ def run(config: QualityConfig) -> Result:
 
 
 def _methods(config: QualityConfig) -> dict[str, Method]:
-    methods = {name: _of_model(name, config) for name in split_words(config.model)}
+    models = label_models(split_words(config.model), model_range=config.model_range)
+    methods = {model.label: _of_model(model.path, config) for model in models}
     return {**methods, **{name: CLASSICAL[name] for name in config.filters}}
 
 
@@ -183,28 +183,20 @@ def _speeds(group: Sequence[dict[str, Any]]) -> str:
     return "/".join(number(v, 2 if v >= 0.1 else 4) for v in (row["mpx_per_s"] for row in group))
 
 
-def _titles(methods: Iterable[str]) -> dict[str, str]:
-    """What a table calls each: a path's last part where no other has it, so not RUN/best twice."""
-    names = {method: Path(method).name for method in methods}
-    count = Counter(names.values())
-    return {method: name if count[name] == 1 else method for method, name in names.items()}
-
-
 def _table(
     title: str, rows: Sequence[dict[str, Any]], files: Sequence[Path], config: QualityConfig
 ) -> str:
     """One row for each method; slow ones beside the first method on the images that they had."""
     sigmas = config.sigmas
     shown = "/".join(f"{sigma:g}" for sigma in sigmas)
-    titles = _titles([row["method"] for row in rows])
     header = ["method", "images", f"PSNR at {shown}", f"SSIM at {shown}", "Mpx/s", "cores"]
     subsets = any(len(row["images"]) < len(files) for row in rows)
-    header += [f"PSNR of {titles[rows[0]['method']]} there"] * subsets
+    header += [f"PSNR of {rows[0]['method']} there"] * subsets
     lines = []
     for start in range(0, len(rows), len(sigmas)):
         group, reference = rows[start : start + len(sigmas)], rows[: len(sigmas)]
         line = [
-            titles[group[0]["method"]],
+            group[0]["method"],
             str(len(group[0]["images"])),
             "/".join(number(row["psnr"]) for row in group),
             "/".join(number(row["ssim"], 4) for row in group),

@@ -321,7 +321,12 @@ class _Run:
         self._sweep("work")
         shards = self._plan()
         if self.totals.to_do or not self.before.get("finished"):
-            self._do(shards)
+            try:
+                self._do(shards)
+            except StorageError as error:
+                # The driver met it first; from a worker it comes in the same words.
+                reason = str(error).removesuffix(".")
+                raise RunFailed(f"the work stopped: {reason}. {SAFE}") from error
         within = self.totals.error_rate() <= self.job.config.max_error_rate
         success = join(self.out, "_SUCCESS")
         if not within or self.totals.left_out:
@@ -347,23 +352,19 @@ class _Run:
         return content
 
     def _do(self, shards: list[str]) -> None:
+        self.storage.delete(join(self.out, "_SUCCESS"))
+        self._write_run_json(finished=False)
         try:
-            self.storage.delete(join(self.out, "_SUCCESS"))
-            self._write_run_json(finished=False)
-            try:
-                if shards:
-                    self._work(shards)
-            finally:
-                self.journal.flush()
-                self._tick(force=True)
-                results.publish(self.storage, self.out, run_id=self.job.run_id)
-            self._sweep("work")
-            self._sweep("regions")
-            self._write_run_json(finished=True)
-            build_report(self.out, self.job.options)
-        except StorageError as error:
-            # The driver met it first; from a worker it comes in the same words.
-            raise RunFailed(f"the work stopped: {str(error).removesuffix('.')}. {SAFE}") from error
+            if shards:
+                self._work(shards)
+        finally:
+            self.journal.flush()
+            self._tick(force=True)
+            results.publish(self.storage, self.out, run_id=self.job.run_id)
+        self._sweep("work")
+        self._sweep("regions")
+        self._write_run_json(finished=True)
+        build_report(self.out, self.job.options)
 
     def _sweep(self, folder: str) -> None:
         """Delete what is of no use once a run is over; killed runs leave some, hidden files too."""

@@ -232,6 +232,8 @@ class RunFilters:
 class RunModels:
     """Actor: holds all models; denoises the images of a batch together, for each noise."""
 
+    misses_gpu = False
+
     def __init__(self, plan: Plan, *, threads: int | None, use_gpu: bool) -> None:
         configure_tensorflow(threads=threads, use_gpu=use_gpu)
         self.prepare(plan)
@@ -244,7 +246,6 @@ class RunModels:
     def prepare(self, plan: Plan) -> None:
         """Make all but the models."""
         self.plan, self.bench, self.ends = plan, Bench(plan), Ends()
-        self.misses_gpu = False
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Map names to names with results, those of the stage before included."""
