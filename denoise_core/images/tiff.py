@@ -57,6 +57,20 @@ STRUCTURE_TAGS = frozenset((
 ))
 # fmt: on
 RESOLUTION_TAGS = (282, 283, 296)
+RATIONALS = {5: "I", 10: "i"}
+# By tifffile's kind of file: the tags that tell its axes and where in the old file which page lies.
+# Beside pages that lie elsewhere they would mislead their readers.
+FOREIGN_TAGS: dict[str, tuple[int, ...]] = {
+    "lsm": (34412,),
+    "mmstack": (),
+    "ndpi": tuple(range(65420, 65459)),
+    "scanimage": (),
+    "sis": (33560,),
+    "stk": (33628, 33629, 33630, 33631),
+}
+# The same outside of all directories.
+FOREIGN_BLOCKS = {"mmstack": "Micro-Manager index map", "scanimage": "ScanImage header"}
+PLAIN_AXES = ("YX", "YXS", "SYX")
 ICC_TAG, XMP_TAG, PHOTOSHOP_LAYERS, MAX_SAMPLE_VALUE = 34675, 700, 37724, 281
 CAMERA_MAXIMA = frozenset(2**bits - 1 for bits in range(9, 16))
 
@@ -245,7 +259,8 @@ def decode(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, Image
     """Samples (H, W, S) and metadata."""
     file = io.BytesIO(data)
     with _open(file, name=name) as tif:
-        array = tif.series[0].asarray(maxworkers=1)
+        # As stored: the series itself would square the values of an MD Gel, which its tags tell.
+        array = tif.asarray(series=tif.series[0], maxworkers=1)
         metadata = _metadata(tif, header, name=name)
     metadata.exif, lost = exif_block.from_tiff(file)
     metadata.lost += tuple(lost)
@@ -411,7 +426,8 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
     # Pages are written in the order of the series, which OME-XML may tell by their old numbers.
     pages = [page.index for page in series.pages if page is not None]
     moved = tif.is_ome and pages != list(range(len(pages)))
-    lost = ["tiff:OME-XML", f"tiff:axes {series.axes}"] if moved else []
+    lost = ["tiff:OME-XML", f"tiff:axes {series.axes}"] if moved else _foreign(series)
+    left_out = {*STRUCTURE_TAGS, *RESOLUTION_TAGS, *FOREIGN_TAGS.get(series.kind, ())}
     resolutions: list[dict[int, Any]] = []
     for page in series.pages:
         tags = []
@@ -423,7 +439,7 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
                 lost.append("tiff:ImageSourceData (Photoshop layers)")
             elif moved and tag.code == exif_block.DESCRIPTION:
                 continue
-            elif tag.code not in STRUCTURE_TAGS and tag.code not in RESOLUTION_TAGS:
+            elif tag.code not in left_out:
                 tags.append([tag.code, int(tag.dtype), tag.count, _tag_bytes(tif, tag)])
         sets.append(tags)
         if found is not None:
@@ -434,6 +450,19 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
         sets[0] = [tag for tag in sets[0] if tag[0] != exif_block.DESCRIPTION]
         lost += ["tiff:ImageDescription", f"tiff:axes {series.axes}"]
     return sets, lost
+
+
+def _foreign(series: Any) -> list[str]:
+    """Names of what a file of this kind says of its own layout, and that is left behind."""
+    import tifffile
+
+    if series.kind not in FOREIGN_TAGS:
+        return []
+    found = series.keyframe.tags
+    lost = [f"tiff:{FOREIGN_BLOCKS[series.kind]}"] if series.kind in FOREIGN_BLOCKS else []
+    codes = [code for code in FOREIGN_TAGS[series.kind] if code in found]
+    lost += [f"tiff:{tifffile.TIFF.TAGS.get(code, code)}" for code in codes]
+    return lost if series.axes in PLAIN_AXES else [*lost, f"tiff:axes {series.axes}"]
 
 
 def _taken_for_one_run(series: Any, tags: list[list[Any]]) -> bool:
@@ -492,7 +521,7 @@ def tags_left_behind(metadata: ImageMetadata) -> list[str]:
     if metadata.has_alpha and metadata.native["extrasamples"] == [ASSOCIATED_ALPHA]:
         lost.append("tiff:associated alpha (colours stay multiplied by it)")
     axes = metadata.native["axes"]
-    return lost if axes in ("YX", "YXS", "SYX") else [f"tiff:axes {axes}", *lost]
+    return lost if axes in PLAIN_AXES else [f"tiff:axes {axes}", *lost]
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -543,7 +572,16 @@ def extra_tags(
     tags = tag_sets[page] if page < len(tag_sets) else []
     if page == 0 and metadata.exif:
         tags = tags + exif_block.placeholders(metadata.exif)
-    return [(code, kind, count, value, False) for code, kind, count, value in tags]
+    order = metadata.native["byteorder"] if metadata.format == "tiff" else "<"
+    return [(*each[:3], _tag_value(each, order), False) for each in tags]
+
+
+def _tag_value(tag: list[Any], order: str) -> Any:
+    """Raw bytes, as TiffWriter takes them; but of rationals it takes each half for a whole one."""
+    _, kind, count, data = tag
+    if kind not in RATIONALS:
+        return data
+    return struct.unpack(f"{order}{2 * count}{RATIONALS[kind]}", data)
 
 
 def _page_array(page: Array, layout: dict[str, Any]) -> Array:
@@ -617,7 +655,8 @@ def page_options(
     code, predictor, lost = _compression(layout, dtype, compression)
     bits = layout["bitspersample"]
     bits = 0 if bits == dtype.itemsize * 8 else bits
-    if bits and code != NONE:
+    # tifffile packs the swapped bytes of a big-endian file, which makes noise of the picture.
+    if bits and (code != NONE or layout["byteorder"] == ">"):
         lost.append(f"tiff:{bits} bits a sample (written with {dtype.itemsize * 8})")
         bits = 0
     tile = layout["tile"]
