@@ -88,7 +88,7 @@ def assemble_tiff(
     shape = (header.height, header.width, header.samples)
     exif, damaged = exif_block.for_tiff(metadata.exif)
     metadata = replace(metadata, exif=exif)
-    layout, tag_sets = tiff.layout_to_write(shape, target, metadata)
+    layout, tag_sets, left = tiff.layout_to_write(shape, target, metadata)
     layout |= {"bigtiff": True, "tile": list(tile or layout["tile"] or TILE)}
     options, lost = tiff.page_options(layout, target, compression=compression)
     options["maxworkers"] = max_workers
@@ -98,7 +98,7 @@ def assemble_tiff(
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
-    return tuple(dict.fromkeys((*metadata.lost, *damaged, *lost)))
+    return tuple(dict.fromkeys((*metadata.lost, *damaged, *left, *lost)))
 
 
 def zarr_files(

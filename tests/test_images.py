@@ -400,6 +400,22 @@ def test_lossy_tiff_compression_is_named() -> None:
     np.testing.assert_array_equal(decode(out, name="x").pixels, decode(data, name="x").pixels)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("behind", "named"), [(b"", 0), (bytes(9), 0), (b"\0ftypmp42" * 9, 1)])
+def test_data_behind_a_jpeg_is_named(progressive: bool, behind: bytes, named: int) -> None:
+    data = save(smooth(3), "jpeg", progressive=progressive, exif=exif_block(), quality=100)
+    _, lost = again(data + behind)
+    assert lost == ("jpeg:data behind the picture (a phone's video, say)",) * named
+
+
+def test_further_arrays_are_named() -> None:
+    out = io.BytesIO()
+    np.save(out, smooth(3))
+    assert again(out.getvalue())[1] == ()
+    np.save(out, smooth(1))
+    assert again(out.getvalue())[1] == ("npy:data behind the first array",)
+
+
 def test_bigtiff_stays_bigtiff() -> None:
     out, _ = again(save_tiff(smooth(1)[..., 0], bigtiff=True))
     with tifffile.TiffFile(io.BytesIO(out)) as tif:

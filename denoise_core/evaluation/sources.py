@@ -29,7 +29,7 @@ from denoise_core.errors import (
 )
 from denoise_core.evaluation.protocol import Scale
 from denoise_core.idx import is_idx, labels_name, read_idx
-from denoise_core.images import MAX_PIXELS, data_range, decode
+from denoise_core.images import MAX_PIXELS, data_range, decode, picture_of
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.pairs import matched, no_images, refuse_unpaired
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
@@ -223,9 +223,10 @@ def read_shot(shot: Shot, options: StorageOptions, *, max_pixels: int = MAX_PIXE
 
 def _decoded(uri: str, options: StorageOptions, *, max_pixels: int) -> tuple[Array, Scale]:
     data = storage_for(uri, options).read(uri)
-    image = decode(data, name=posixpath.basename(uri), max_pixels=max_pixels)
-    low, high = data_range(image.pixels, bits=image.header.bits)
-    return image.pixels, Scale(low, high, image.pixels.dtype.name)
+    name = posixpath.basename(uri)
+    image = decode(data, name=name, max_pixels=max_pixels, keep_nodata=True)
+    pixels, (low, high) = picture_of(image)
+    return pixels, Scale(low, high, pixels.dtype.name)
 
 
 def _size(pixels: Array) -> str:

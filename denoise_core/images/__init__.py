@@ -20,8 +20,10 @@ from denoise_core.images.codecs import (
     read_header,
     read_metadata,
     read_window,
+    uses_more_bits,
 )
 from denoise_core.images.exif import camera_of
+from denoise_core.images.nodata import filled, picture_of, restore, valid
 from denoise_core.images.tiff import is_negative
 from denoise_core.images.types import (
     MAX_PIXELS,
@@ -43,14 +45,19 @@ __all__ = [
     "decode",
     "encode",
     "fetch",
+    "filled",
     "inverted",
     "is_negative",
     "left_behind",
     "open_image",
     "output_name",
+    "picture_of",
     "read_header",
     "read_metadata",
     "read_window",
     "rescale",
+    "restore",
     "to_dtype",
+    "uses_more_bits",
+    "valid",
 ]

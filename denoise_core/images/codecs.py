@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import posixpath
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 
 from denoise_core.errors import CorruptImage, NotAnImage, UnsupportedImage, UsageError
 from denoise_core.images import npy, pillow, png, tiff, zarr
+from denoise_core.images.nodata import valid
 from denoise_core.images.types import (
     MAX_PIXELS,
     MAX_WINDOWED_PIXELS,
@@ -146,12 +148,19 @@ def _read_header(file: BinaryIO, *, name: str) -> ImageHeader:
     return npy.read_header(file, name=name)
 
 
-def decode(data: bytes | ZarrSource, *, name: str, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def decode(
+    data: bytes | ZarrSource,
+    *,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    keep_nodata: bool = False,
+) -> DecodedImage:
     """Pixels, alpha, header and metadata of a whole file or Zarr folder.
 
     Pixels are (H, W, C), C-contiguous, in native byte order and not rotated, whatever the EXIF
     orientation says. `bits` are all of the dtype's where pixels are brighter than the header tells.
-    Raises what `read_header` raises, and NonFiniteValues.
+    Raises what `read_header` raises, and NonFiniteValues; with `keep_nodata` not for NaN that the
+    header names as no data.
     """
     header = read_header(data, name=name, max_pixels=max_pixels)
     check_size(header, name=name, max_pixels=max_pixels)
@@ -161,12 +170,23 @@ def decode(data: bytes | ZarrSource, *, name: str, max_pixels: int = MAX_PIXELS)
             f"{name}: the header tells {header.height}x{header.width}x{header.samples} samples, "
             f"the pixels are {samples.shape}; copy or download the file again"
         )
-    check_finite(samples, name=name)
+    check_finite(samples, name=name, nan=keep_nodata and _is_nan(header.nodata))
     pixels, alpha = split_alpha(samples, header.has_alpha)
     full = pixels.itemsize * 8
-    if header.bits < full and pixels.dtype.kind == "u" and pixels.max() >= 1 << header.bits:
+    if header.bits < full and uses_more_bits(pixels, header):
         header, metadata = replace(header, bits=full), replace(metadata, bits=full)
     return DecodedImage(pixels=pixels, alpha=alpha, header=header, metadata=metadata)
+
+
+def uses_more_bits(pixels: Array, header: ImageHeader) -> bool:
+    """Whether unsigned pixels are brighter than the bits that their header tells of."""
+    if pixels.dtype.kind != "u":
+        return False
+    return int(valid(pixels, header.nodata).max(initial=0)) >= 1 << header.bits
+
+
+def _is_nan(nodata: float | None) -> bool:
+    return nodata is not None and math.isnan(nodata)
 
 
 def _decode_samples(
@@ -195,18 +215,18 @@ def read_metadata(file: Source, *, name: str) -> ImageMetadata:
 
 
 def read_window(
-    file: Source, *, y: slice, x: slice, name: str = "image"
+    file: Source, *, y: slice, x: slice, name: str = "image", keep_nodata: bool = False
 ) -> tuple[Array, Array | None]:
     """Pixels (h, w, C) and alpha (h, w) of rows `y` and columns `x` of a windowed TIFF or a Zarr.
 
     Reads only the tiles, strips, rows or chunks that the window touches. The same as a slice of
-    `decode`, with the same errors.
+    `decode`, with the same option and errors.
     """
     if isinstance(file, ZarrSource):
         samples, header = zarr.read_window(file, y=y, x=x, name=name)
     else:
         samples, header = tiff.read_window(file, y=y, x=x, name=name)
-    check_finite(samples, name=name)
+    check_finite(samples, name=name, nan=keep_nodata and _is_nan(header.nodata))
     return split_alpha(samples, header.has_alpha)
 
 
@@ -223,11 +243,11 @@ def encode(
     """The file, and the names of everything of the source that it does not hold.
 
     A Zarr is not encoded but assembled (`assemble.zarr_files`), or becomes another format here.
-    `pixels` (H, W, C) are in the source's units and of its dtype, or floats that are rounded and
-    clipped to it. `format` is one of FORMATS or "preserve". `bit_depth` "8", "16" or "32f" moves
-    `value_range` (default: `data_range` of the source) to the range of that depth. `compression`:
-    TIFF none, deflate, lzw, zstd or lzma; PNG a level of 0 to 9; one of another format than the
-    file's leaves it as it would be without.
+    `pixels` (H, W, C) are in the source's units and of its dtype, as it is, or floats that are
+    rounded and clipped to it. `format` is one of FORMATS or "preserve". `bit_depth` "8", "16" or
+    "32f" moves `value_range` (default: `data_range` of the source) to the range of that depth.
+    `compression`: TIFF none, deflate, lzw, zstd or lzma; PNG a level of 0 to 9; one of another
+    format than the file's leaves it as it would be without.
     Raises UnsupportedImage when the format cannot hold the image.
     """
     target = metadata.format if format == "preserve" else format
@@ -236,7 +256,7 @@ def encode(
     dtype = source if bit_depth == "preserve" else np.dtype(BIT_DEPTHS[bit_depth])
     if dtype == source:
         lo, hi = value_range or (None, None)
-        values = to_dtype(pixels, source, lo, hi)
+        values = pixels if pixels.dtype == source else to_dtype(pixels, source, lo, hi)
         bounds = value_range or _range_of(values, metadata)
     else:
         values, alpha = _change_depth(pixels, alpha, dtype, metadata, value_range)

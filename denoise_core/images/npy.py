@@ -53,7 +53,8 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[np.generic], *, name: str) -
 def decode(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, ImageMetadata]:
     """Samples (H, W, S) and metadata."""
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        file = io.BytesIO(data)
+        array = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise CorruptImage(
             f"{name}: the .npy file is damaged or cut short ({error}); write it again"
@@ -68,6 +69,7 @@ def decode(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, Image
             "order": "F" if np.isfortran(array) else "C",
             "byteorder": array.dtype.byteorder,
         },
+        lost=("npy:data behind the first array",) if file.read(1) else (),
     )
     return array.reshape(header.height, header.width, -1), metadata
 

@@ -7,6 +7,7 @@ quantisation tables of a JPEG and writes with them. LOAD_TRUNCATED_IMAGES stays 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -100,6 +101,8 @@ def _dpi(info: dict[str, Any]) -> tuple[float, float] | None:
 
 SOI, EOI, SOS, APP0, APP2, APP14, COM = 0xD8, 0xD9, 0xDA, 0xE0, 0xE2, 0xEE, 0xFE
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# In the pixels FF is followed by 0, or a restart.
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 LOSSLESS_FRAMES = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF))
 
 
@@ -185,12 +188,24 @@ def _strip_exif(block: bytes | None) -> bytes | None:
 def _carried_segments(data: bytes, *, name: str) -> tuple[list[tuple[int, bytes]], list[str]]:
     kept: list[tuple[int, bytes]] = []
     lost: list[str] = []
-    for marker, body in _segments(io.BytesIO(data), name=name):
+    file = io.BytesIO(data)
+    for marker, body in _segments(file, name=name):
         if marker == APP2 and body.startswith(b"MPF\0"):
             lost.append("jpeg:MPF (further pictures behind the first)")
         elif marker == COM or (APP0 <= marker <= 0xEF and marker != APP14):
             kept.append((marker, body))
+    if not lost and _behind(data, file.tell()).strip(b"\0\xff"):
+        lost.append("jpeg:data behind the picture (a phone's video, say)")
     return kept, lost
+
+
+def _behind(data: bytes, at: int) -> bytes:
+    """What lies behind the end of a picture whose first scan begins at `at`."""
+    while found := MARKER.search(data, at):
+        if found[0][1] == EOI:
+            return data[found.end() :]
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return b""
 
 
 def jpeg_left_behind(metadata: ImageMetadata) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from denoise_core.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 from denoise_core.images import exif as exif_block
+from denoise_core.images.nodata import parse_nodata
 from denoise_core.images.types import (
     CODEC_ERRORS,
     Array,
@@ -72,6 +73,7 @@ FOREIGN_TAGS: dict[str, tuple[int, ...]] = {
 FOREIGN_BLOCKS = {"mmstack": "Micro-Manager index map", "scanimage": "ScanImage header"}
 PLAIN_AXES = ("YX", "YXS", "SYX")
 ICC_TAG, XMP_TAG, PHOTOSHOP_LAYERS, MAX_SAMPLE_VALUE = 34675, 700, 37724, 281
+GDAL_NODATA = 42113
 CAMERA_MAXIMA = frozenset(2**bits - 1 for bits in range(9, 16))
 
 
@@ -127,7 +129,13 @@ def _header(tif: Any, *, name: str) -> ImageHeader:
         axes=axes,
         bits=_bits(page),
         tile=segment if page.is_tiled else None,
+        nodata=_nodata(page),
     )
+
+
+def _nodata(page: Any) -> float | None:
+    tag = page.tags.get(GDAL_NODATA)
+    return None if tag is None else parse_nodata(str(tag.value), page.dtype)
 
 
 def _check_kind(tif: Any, page: Any, *, name: str) -> None:
@@ -535,7 +543,7 @@ def encode(
 
     exif, damaged = exif_block.for_tiff(metadata.exif)
     metadata = replace(metadata, exif=exif)
-    layout, tag_sets = layout_to_write(samples.shape, samples.dtype, metadata)
+    layout, tag_sets, left = layout_to_write(samples.shape, samples.dtype, metadata)
     options, lost = page_options(layout, samples.dtype, compression=compression)
     array = unflatten(samples, layout["axes"], tuple(layout["shape"]))
     pages = array.reshape(layout["pages"], *layout["page_shape"])
@@ -550,7 +558,7 @@ def encode(
             writer.write(_page_array(page, layout), extratags=tags, **options)
     if metadata.exif:
         exif_block.append_to_tiff(out, metadata.exif)
-    return out.getvalue(), damaged + lost
+    return out.getvalue(), damaged + left + lost
 
 
 @contextmanager
@@ -594,17 +602,21 @@ def _page_array(page: Array, layout: dict[str, Any]) -> Array:
 
 def layout_to_write(
     shape: tuple[int, ...], dtype: np.dtype[Any], metadata: ImageMetadata
-) -> tuple[dict[str, Any], list[list[list[Any]]]]:
-    """Layout and tags of each page for samples of `shape` (H, W, S)."""
+) -> tuple[dict[str, Any], list[list[list[Any]]], list[str]]:
+    """Layout and tags of each page for samples of `shape` (H, W, S), and what is left behind."""
     if metadata.format == "tiff":
         layout = dict(metadata.native)
-        tag_sets = layout.pop("tags")
+        tag_sets, lost = layout.pop("tags"), []
         if dtype.name != metadata.dtype:
+            # No value of another depth stands for no data.
+            if any(tag[0] == GDAL_NODATA for tags in tag_sets for tag in tags):
+                lost = ["tiff:GDAL_NODATA"]
+                tag_sets = [[tag for tag in tags if tag[0] != GDAL_NODATA] for tags in tag_sets]
             layout |= {"predictor": 2 if layout["predictor"] > 1 else 1, "bitspersample": 0}
             if dtype.kind == "f" and layout["predictor"] > 1:
                 layout["predictor"] = 3
-        return layout, tag_sets
-    return _plain_layout(shape, dtype, metadata), [_plain_tags(metadata)]
+        return layout, tag_sets, lost
+    return _plain_layout(shape, dtype, metadata), [_plain_tags(metadata)], []
 
 
 def _plain_layout(

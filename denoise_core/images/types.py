@@ -53,7 +53,8 @@ class ImageHeader:
     `channels` is without alpha. `axes` are tifffile's letters ("YXS", "TCZYX"); every axis but
     Y and X is flattened into the channels. `bits` is the number of used bits of an integer sample
     (12 for 12-bit data in uint16), 0 for floats. `windowed`: the segments of the TIFF, the chunks
-    of the Zarr can be read one by one with `read_window`. `tile` is their (height, width).
+    of the Zarr can be read one by one with `read_window`. `tile` is their (height, width). `nodata`
+    is the value, perhaps NaN, that stands for no picture.
     """
 
     format: str
@@ -66,6 +67,7 @@ class ImageHeader:
     axes: str = "YXS"
     bits: int = 0
     tile: tuple[int, int] | None = None
+    nodata: float | None = None
 
     @property
     def samples(self) -> int:
@@ -164,16 +166,19 @@ def check_dtype(dtype: np.dtype[Any], *, name: str) -> None:
         )
 
 
-def check_finite(pixels: Array, *, name: str) -> None:
-    """Raise NonFiniteValues where a float image holds NaN or infinity."""
+def check_finite(pixels: Array, *, name: str, nan: bool = False) -> None:
+    """Raise NonFiniteValues where a float image holds infinity or, unless `nan`, NaN."""
     if pixels.dtype.kind != "f":
         return
     finite = np.isfinite(pixels)
+    if nan:
+        finite |= np.isnan(pixels)
     if not finite.all():
         count = int(finite.size - np.count_nonzero(finite))
         raise NonFiniteValues(
             f"{name}: {count} of {finite.size} values are NaN or infinite; the model needs "
-            "finite values: replace them (by interpolation or 0) and run again"
+            "finite values: replace them (by interpolation or 0), or name them as no data by the "
+            "tag GDAL_NODATA of a TIFF, and run again"
         )
 
 

@@ -12,11 +12,13 @@ from denoise_core.choice import residual_rms
 from denoise_core.denoiser import Denoiser, Part
 from denoise_core.devices import configure_tensorflow
 from denoise_core.errors import ImageError, StorageError, UsageError
+from denoise_core.images import restore
 from denoise_core.pipelines.job import Job
 from denoise_core.pipelines.stages.items import (
     Guard,
     Item,
     core_in_window,
+    filled_of,
     measures,
     region_of,
     to_items,
@@ -117,13 +119,14 @@ class Denoise:
                 raise
             raise MemoryError("on the device: use a smaller --batch-size or --patch") from None
         for item, part, values in zip(items, parts, results, strict=True):
-            facts, pixels = item.facts, item.array("pixels")
-            if self._changes_too_little(item, values):
-                facts |= {"copied": True, **untouched(facts, pixels)}
+            facts = item.facts
+            if self._changes_too_little(item, part.pixels, values):
+                facts |= {"copied": True, **untouched(facts, part.pixels)}
             else:
+                noisy = item.array("pixels")[core_in_window(self.job, facts)]
+                restore(values, noisy, facts.get("nodata"))
                 item.denoised = values
                 if not self.use_gpu:
-                    noisy = pixels[core_in_window(self.job, facts)]
                     facts |= measures(self.job, facts, noisy, values)
             facts |= {
                 "core_shape": list(values.shape),
@@ -133,21 +136,22 @@ class Denoise:
                 "misses_gpu": self.use_gpu and denoiser.device != "gpu",
             }
 
-    def _changes_too_little(self, item: Item, values: Array) -> bool:
+    def _changes_too_little(self, item: Item, pixels: Array, values: Array) -> bool:
         """Whether a whole image is better left alone, by what the model would take away."""
         config, facts = self.job.config, item.facts
         limit = self.job.model(facts).copy_residual * config.strength
         if facts.get("in_regions") or not limit or facts["coarse"]:
             return False
         low, high = facts["data_range"]
-        return residual_rms(item.array("pixels"), values, spread=high - low) < limit
+        return residual_rms(pixels, values, spread=high - low) < limit
 
     def _part(self, item: Item) -> Part:
         facts = item.facts
         region = region_of(self.job, facts)
         y0, _, x0, _ = region.window(*facts["size"])
         low, high = facts["data_range"]
-        return Part(item.array("pixels"), region, (y0, x0), low, high, facts["dtype"])
+        pixels = filled_of(facts, item.array("pixels"))
+        return Part(pixels, region, (y0, x0), low, high, facts["dtype"])
 
 
 def groups(items: list[Item]) -> Iterator[list[Item]]:

@@ -20,10 +20,19 @@ from denoise_core.images import (
     read_header,
     read_metadata,
     read_window,
+    uses_more_bits,
+    valid,
 )
 from denoise_core.images.values import UNIT_SHARE
 from denoise_core.pipelines.job import Facts, Job, now
-from denoise_core.pipelines.stages.items import Guard, Item, is_converted, output_dtype, to_table
+from denoise_core.pipelines.stages.items import (
+    Guard,
+    Item,
+    filled_of,
+    is_converted,
+    output_dtype,
+    to_table,
+)
 from denoise_core.storage import is_bundle, storage_for
 from denoise_core.tiling import Region
 
@@ -86,6 +95,7 @@ class Expand:
                 "in_regions": True,
                 "region_size": size,
                 "size": [header.height, header.width],
+                "nodata": header.nodata,
             }
             facts["data_range"] = list(
                 parse_data_range(self.job.config.data_range)
@@ -122,7 +132,8 @@ class Expand:
     ) -> bool:
         """Decide by samples whether the image is copied whole; if so, note what there is to say."""
         low, high = facts["data_range"]
-        windows = list(sample_windows(file, regions, name=facts["path"]))
+        samples = sample_windows(file, regions, name=facts["path"])
+        windows = [filled_of(facts, each) for each in samples]
         sigma = noise_sigma(windows, spread=high - low)
         below = self.job.model(facts).copy_below
         if not is_quiet(windows, codec=header.format, sigma=sigma, below=below, spread=high - low):
@@ -145,19 +156,32 @@ class Expand:
         file: Source, header: ImageHeader, regions: list[Region], *, name: str
     ) -> tuple[float, float]:
         if np.dtype(header.dtype).kind == "f":
-            return float_range(file, regions, name=name)
+            return float_range(file, header, regions, name=name)
+        # As `decode` does, which has all pixels at hand.
+        told = header.bits < np.dtype(header.dtype).itemsize * 8
+        if told and any(uses_more_bits(each, header) for each in cores(file, regions, name=name)):
+            return data_range(header.dtype)
         return data_range(header.dtype, bits=header.bits)
 
 
-def float_range(file: Source, regions: list[Region], *, name: str) -> tuple[float, float]:
-    """Return `data_range` of a whole float image that is read region by region."""
-    inside, size, low, high = 0, 0, np.inf, -np.inf
+def cores(file: Source, regions: list[Region], *, name: str) -> Iterator[Array]:
+    """Yield the pixels (h, w, C) of every region's core; together they are the image."""
     for region in regions:
         y0, y1, x0, x1 = region.core
-        pixels, _ = read_window(file, y=slice(y0, y1), x=slice(x0, x1), name=name)
+        yield read_window(file, y=slice(y0, y1), x=slice(x0, x1), name=name, keep_nodata=True)[0]
+
+
+def float_range(
+    file: Source, header: ImageHeader, regions: list[Region], *, name: str
+) -> tuple[float, float]:
+    """Return `data_range` of a whole float image that is read region by region."""
+    inside, size, low, high = 0, 0, np.inf, -np.inf
+    for core in cores(file, regions, name=name):
+        pixels = valid(core, header.nodata)
         inside += int(np.count_nonzero((pixels >= 0) & (pixels <= 1)))
         size += pixels.size
-        low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        low = min(low, float(pixels.min(initial=np.inf)))
+        high = max(high, float(pixels.max(initial=-np.inf)))
     if inside >= UNIT_SHARE * size:
         return 0.0, 1.0
     return (low, high) if high > low else (low, low + 1.0)
@@ -169,4 +193,4 @@ def sample_windows(file: Source, regions: list[Region], *, name: str) -> Iterato
         y0, y1, x0, x1 = regions[index].core
         y, x = (max(a, (a + b - SAMPLE_SIDE) // 2) for a, b in ((y0, y1), (x0, x1)))
         rows, columns = slice(y, min(y1, y + SAMPLE_SIDE)), slice(x, min(x1, x + SAMPLE_SIDE))
-        yield read_window(file, y=rows, x=columns, name=name)[0]
+        yield read_window(file, y=rows, x=columns, name=name, keep_nodata=True)[0]

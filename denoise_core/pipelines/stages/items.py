@@ -20,7 +20,7 @@ from denoise_core import metrics
 from denoise_core.choice import is_dim
 from denoise_core.config import DenoiseConfig
 from denoise_core.errors import ImageError, ImageTimeout, StorageError, UsageError, WorkerDied
-from denoise_core.images import ImageHeader
+from denoise_core.images import ImageHeader, filled
 from denoise_core.images.values import BIT_DEPTHS
 from denoise_core.pipelines.job import Facts, Job
 from denoise_core.pipelines.ledger import Place, cause_of_death
@@ -182,6 +182,12 @@ class Guard:
             self.fail(item, ImageError(text))
 
 
+def filled_of(facts: Facts, pixels: Array) -> Array:
+    """Return pixels (h, w, C) of an item with an end of its range in place of no data."""
+    low, high = facts["data_range"]
+    return filled(pixels, facts.get("nodata"), low=low, high=high)
+
+
 def region_of(job: Job, facts: Facts) -> Region:
     """Return the region that an item stands for."""
     return regions_of(job, facts)[facts["region"]]
@@ -232,6 +238,7 @@ def measures(job: Job, facts: Facts, noisy: Array, denoised: Array) -> Facts:
     low, high = facts["data_range"]
     region = region_of(job, facts)
     y0, _, x0, _ = region.core
+    noisy, denoised = filled_of(facts, noisy), filled_of(facts, denoised)
     stats = metrics.residual_sums(
         noisy,
         denoised,

@@ -12,11 +12,12 @@ import pyarrow as pa
 from denoise_core import metrics
 from denoise_core.choice import choose, is_coarse, is_quiet
 from denoise_core.config import parse_data_range
-from denoise_core.images import data_range, decode, fetch, open_image, read_window
+from denoise_core.images import data_range, decode, fetch, open_image, read_window, valid
 from denoise_core.pipelines.job import Facts, Job
 from denoise_core.pipelines.stages.items import (
     Guard,
     Item,
+    filled_of,
     is_converted,
     region_of,
     to_items,
@@ -53,26 +54,30 @@ class Read:
             self._read_region(item, storage)
             return
         data = fetch(storage, facts["source_uri"])
-        image = decode(data, name=facts["path"], max_pixels=self.job.config.max_pixels)
+        image = decode(
+            data, name=facts["path"], max_pixels=self.job.config.max_pixels, keep_nodata=True
+        )
+        nodata = image.header.nodata
         low, high = parse_data_range(self.job.config.data_range) or data_range(
-            image.pixels, bits=image.header.bits
+            valid(image.pixels, nodata), bits=image.header.bits
         )
         self._note(facts, image.pixels, low, high, has_alpha=image.alpha is not None)
-        facts["size"] = list(image.pixels.shape[:2])
-        facts["sigma_in"] = metrics.estimate_sigma(image.pixels, data_range=high - low)
+        facts |= {"size": list(image.pixels.shape[:2]), "nodata": nodata}
+        pixels = filled_of(facts, image.pixels)
+        facts["sigma_in"] = metrics.estimate_sigma(pixels, data_range=high - low)
         facts["coarse"] = is_coarse(image.metadata)
         facts["converted"] = is_converted(self.job.config, image.header)
         item.metadata = image.metadata.to_bytes()
         if len(self.job.models) > 1:
             facts["model"] = choose(image.header, image.metadata)
         if is_quiet(
-            [image.pixels],
+            [pixels],
             codec=image.header.format,
             sigma=facts["sigma_in"],
             below=self.job.model(facts).copy_below,
             spread=high - low,
         ):
-            facts |= {"copied": True, **untouched(facts, image.pixels)}
+            facts |= {"copied": True, **untouched(facts, pixels)}
             if self.job.config.reference is None and not facts["converted"]:
                 return
         item.pixels, item.alpha = image.pixels, image.alpha
@@ -93,10 +98,13 @@ class Read:
         region = region_of(self.job, facts)
         y0, y1, x0, x1 = region.window(height, width)
         with open_image(storage, facts["source_uri"]) as file:
-            pixels, alpha = read_window(file, y=slice(y0, y1), x=slice(x0, x1), name=facts["path"])
+            pixels, alpha = read_window(
+                file, y=slice(y0, y1), x=slice(x0, x1), name=facts["path"], keep_nodata=True
+            )
         low, high = facts["data_range"]
         self._note(facts, pixels, low, high, has_alpha=alpha is not None)
-        facts["sigma_in"] = metrics.estimate_sigma(pixels, data_range=high - low)
+        seen = filled_of(facts, pixels)
+        facts["sigma_in"] = metrics.estimate_sigma(seen, data_range=high - low)
         item.pixels, item.alpha = pixels, alpha
 
     @staticmethod

@@ -36,10 +36,12 @@ from denoise_core.images import (
     is_negative,
     left_behind,
     open_image,
+    picture_of,
     read_header,
     read_metadata,
     read_window,
     rescale,
+    restore,
     to_dtype,
 )
 from denoise_core.images.zarr import METADATA_FILES
@@ -48,6 +50,7 @@ from denoise_core.pipelines.stages.items import (
     Guard,
     Item,
     core_in_window,
+    filled_of,
     measures,
     output_dtype,
     region_of,
@@ -100,8 +103,9 @@ class Write:
             denoised = item.array("pixels" if facts.get("copied") else "denoised")
             alpha = item.array("alpha") if item.alpha is not None else None
             config = self.job.config
+            kept = output_dtype(self.job, facts["dtype"]) == denoised.dtype
             data, lost = encode(
-                denoised,
+                denoised if kept else filled_of(facts, denoised),
                 alpha,
                 metadata,
                 format=config.format,
@@ -127,7 +131,7 @@ class Write:
         storage = storage_for(root, self.job.options)
         try:
             most = self.job.config.max_pixels
-            reference = decode(fetch(storage, uri), name=uri, max_pixels=most)
+            reference = decode(fetch(storage, uri), name=uri, max_pixels=most, keep_nodata=True)
         except (ImageError, StorageError) as error:
             return {"reference_problem": str(error)}
         if reference.pixels.shape != denoised.shape:
@@ -136,8 +140,7 @@ class Write:
         clean = self._same_units(reference, denoised.dtype, low, high)
         if is_negative(reference.metadata) != is_negative(metadata):
             clean = inverted(clean, (low, high))
-        after = metrics.error_sums(denoised, clean, data_range=high - low)
-        before = metrics.error_sums(noisy, clean, data_range=high - low)
+        before, after = errors(facts, noisy, denoised, clean)
         return {"reference_uri": uri, **reference_figures(after, before)}
 
     def _region_against_reference(
@@ -159,16 +162,10 @@ class Write:
                 shape = [header.height, header.width, header.channels]
                 if shape != [*facts["size"], denoised.shape[2]]:
                     return {"reference_problem": f"{uri}: shape {tuple(shape)}"}
-                clean, _ = read_window(file, y=core[0], x=core[1], name=uri)
+                clean, _ = read_window(file, y=core[0], x=core[1], name=uri, keep_nodata=True)
         except (ImageError, StorageError) as error:
             return {"reference_problem": str(error)}
-        low, high = facts["data_range"]
-        before = metrics.error_sums(noisy, clean, data_range=high - low)
-        after = (
-            before
-            if denoised is noisy
-            else metrics.error_sums(denoised, clean, data_range=high - low)
-        )
+        before, after = errors(facts, noisy, denoised, clean)
         return {"reference_uri": uri, "after": asdict(after), "before": asdict(before)}
 
     def _copy_streamed(self, facts: Facts) -> None:
@@ -180,7 +177,9 @@ class Write:
             for region in regions if config.reference is not None else ():
                 y0, y1, x0, x1 = region.core
                 core = slice(y0, y1), slice(x0, x1)
-                pixels, _ = read_window(file, y=core[0], x=core[1], name=facts["path"])
+                pixels, _ = read_window(
+                    file, y=core[0], x=core[1], name=facts["path"], keep_nodata=True
+                )
                 sums.append(self._region_against_reference(facts, core, pixels, pixels))
                 if "reference_problem" in sums[-1]:
                     break
@@ -196,8 +195,8 @@ class Write:
     def _same_units(reference: DecodedImage, dtype: Any, low: float, high: float) -> Array:
         if reference.pixels.dtype == dtype:
             return reference.pixels
-        own = data_range(reference.pixels, bits=reference.header.bits)
-        unit = (reference.pixels.astype(np.float32) - own[0]) / (own[1] - own[0])
+        pixels, own = picture_of(reference)
+        unit = (pixels.astype(np.float32) - own[0]) / (own[1] - own[0])
         return to_dtype(unit * (high - low) + low, dtype, low, high)
 
     def _stage_region(self, item: Item) -> None:
@@ -229,8 +228,24 @@ class Write:
             low, high = facts["data_range"]
             if alpha is not None:
                 alpha = rescale(alpha, dtype, source=data_range(alpha.dtype))
-            denoised = rescale(denoised, dtype, source=(low, high))
+            denoised = rescale(filled_of(facts, denoised), dtype, source=(low, high))
         return denoised if alpha is None else np.dstack([denoised, alpha])
+
+
+def errors(
+    facts: Facts, noisy: Array, denoised: Array, clean: Array
+) -> tuple[metrics.ErrorSums, metrics.ErrorSums]:
+    """Return the errors of the noisy and of the denoised pixels, without those that are no data."""
+    low, high = facts["data_range"]
+    if facts.get("nodata") is not None:
+        clean = clean.copy()
+        restore(clean, noisy, facts["nodata"])
+    clean, before = filled_of(facts, clean), filled_of(facts, noisy)
+    sums = metrics.error_sums(before, clean, data_range=high - low)
+    if denoised is noisy:
+        return sums, sums
+    after = filled_of(facts, denoised)
+    return sums, metrics.error_sums(after, clean, data_range=high - low)
 
 
 @contextmanager
