@@ -20,18 +20,20 @@ PLAIN_EVERY_S = 10.0
 
 def rate(totals: Totals) -> float:
     """Megapixels a second after the first image, start-up apart; 0 before it is known."""
-    if totals.done < 2 or totals.first_image_s is None:
+    written = totals.ok + totals.copied
+    if written < 2 or totals.first_image_s is None:
         return 0.0
-    later = totals.megapixels * (totals.done - 1) / totals.done
+    later = totals.megapixels * (written - 1) / written
     return later / max(1e-3, totals.seconds - totals.first_image_s)
 
 
 def seconds_left(totals: Totals) -> float | None:
-    """Time left by the images' rate so far; None before it is known."""
-    if totals.done < 2 or totals.first_image_s is None:
+    """Time left by the rate of images so far, without those that fail; None before it is known."""
+    written = totals.ok + totals.copied
+    if written < 2 or totals.first_image_s is None:
         return None
     spent = totals.seconds - totals.first_image_s
-    return (totals.to_do - totals.done) * spent / max(1, totals.done - 1)
+    return (totals.to_do - totals.done) * spent / (written - 1)
 
 
 def line(totals: Totals) -> str:

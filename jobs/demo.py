@@ -13,6 +13,24 @@ from denoise_core.samples import before_after, write_samples
 from jobs import denoise
 from jobs._ray import start_ray
 
+PARTS = ("noisy", "clean", "out")
+MARKER = ".denoise-demo"
+"""Lies in a folder whose PARTS the demo made, and may delete."""
+
+
+def make_room(root: Path) -> None:
+    """Delete what an earlier demo left. Raises click.UsageError where it may be someone's own."""
+    found = [part for part in PARTS if (root / part).exists()]
+    if found and not (root / MARKER).exists():
+        raise click.UsageError(
+            f"--output {root}: its {' and '.join(found)} were not made by this demo, which would "
+            "replace them. Name a new folder, or delete them first."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).touch()
+    for part in found:
+        shutil.rmtree(root / part)
+
 
 @click.command(help=__doc__)
 @click.option("--output", default="demo", show_default=True, help="Folder; made anew.")
@@ -20,8 +38,7 @@ from jobs._ray import start_ray
 def main(output: str, model: str) -> None:
     """Write noisy samples, run the denoising job on them, draw before and after."""
     root = Path(output)
-    for part in ("noisy", "clean", "out"):
-        shutil.rmtree(root / part, ignore_errors=True)
+    make_room(root)
     with ThreadPoolExecutor(1) as pool:
         # The samples are made while Ray's processes start.
         samples = pool.submit(write_samples, root)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -16,7 +17,8 @@ from denoise_core.errors import RunFailed
 from denoise_core.pipelines.denoise import Outcome, Totals
 from jobs import denoise
 from jobs._cli import settings_command
-from jobs._progress import print_outcome
+from jobs._progress import print_outcome, rate, seconds_left
+from jobs.demo import MARKER, make_room
 
 
 def invoke(
@@ -247,3 +249,28 @@ def test_failure_that_cannot_be_printed_is_escaped(capsys: pytest.CaptureFixture
     outcome = Outcome("run", Totals(failed=1), False, worst_failures=[failure])
     print_outcome(outcome, DenoiseConfig(inputs=("in",), output="out"))
     assert "a.zarr: \\ud800 samples" in capsys.readouterr().out
+
+
+def test_failed_images_say_nothing_of_the_speed() -> None:
+    """Those that are refused as the run is planned take no time at all."""
+    totals = Totals(to_do=10_000, ok=11, failed=5000, megapixels=110.0)
+    assert (rate(totals), seconds_left(totals)) == (0.0, None)
+    totals.first_image_s, totals.seconds = 20.0, 60.0
+    assert rate(totals) == 2.5
+    assert seconds_left(totals) == (10_000 - 5011) * 4.0
+    one = Totals(to_do=2, ok=1, failed=1, megapixels=12.0, first_image_s=20.0, seconds=20.03)
+    assert (rate(one), seconds_left(one)) == (0.0, None)
+
+
+def test_the_demo_deletes_nothing_but_its_own(tmp_path: Path) -> None:
+    (tmp_path / "noisy").mkdir()
+    (tmp_path / "noisy/mine.png").touch()
+    with pytest.raises(click.UsageError, match="its noisy were not made by this demo"):
+        make_room(tmp_path)
+    assert (tmp_path / "noisy/mine.png").exists()
+    fresh = tmp_path / "fresh"
+    make_room(fresh)
+    (fresh / "out").mkdir()
+    (fresh / "kept").mkdir()
+    make_room(fresh)
+    assert {path.name for path in fresh.iterdir()} == {MARKER, "kept"}

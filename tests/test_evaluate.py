@@ -243,6 +243,14 @@ def test_pairs_by_pattern_in_one_folder(tmp_path: Path):
     np.testing.assert_allclose(pair.noisy * 255, clean_picture(20, 24, seed=0), atol=1e-3)
 
 
+def test_two_noisy_images_of_one_reference_are_refused(tmp_path: Path):
+    for folder in ("clean", "n15", "n25"):
+        write_pairs(tmp_path, [f"{folder}/a.png", f"{folder}/b.png"])
+    made = config(tmp_path / "n15", tmp_path / "n25", reference=str(tmp_path / "clean"))
+    with pytest.raises(UsageError, match=r"n15/a\.png and .*n25/a\.png both belong to"):
+        find_shots(made, OPTIONS)
+
+
 def test_pairs_by_reference_folder(tmp_path: Path):
     write_pairs(tmp_path, ["noisy/a.png", "noisy/s/b.png", "clean/a.png", "clean/s/b.png"])
     write_pairs(tmp_path, ["clean/unused.png"])

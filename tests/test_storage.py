@@ -26,6 +26,7 @@ from flaky import FlakyProxy
 
 from denoise_core.errors import (
     AccessDenied,
+    ImageTimeout,
     ObjectNotFound,
     StorageError,
     StorageUnavailable,
@@ -44,7 +45,7 @@ from denoise_core.storage import (
 )
 from denoise_core.storage import local as local_module
 from denoise_core.storage import s3 as s3_module
-from denoise_core.storage.arrow import arrow_s3
+from denoise_core.storage.arrow import FolderlessHandler, arrow_s3
 
 ODD_NAMES = (
     "with space.png",
@@ -539,6 +540,32 @@ class TestS3(StorageContract):
             S3Storage(options).read("s3://b/a")
         (record,) = caplog.records
         assert "S3 at 127.0.0.1:1 does not answer" in record.message
+
+    def test_what_a_signal_handler_raises_ends_the_tries(
+        self, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The end of an image's time comes as an alarm, whose exception botocore wraps."""
+
+        def alarmed(*_: Any, **__: Any) -> None:
+            raise ImageTimeout("gave up")
+
+        monkeypatch.setattr("urllib3.connectionpool.HTTPConnectionPool.urlopen", alarmed)
+        options = StorageOptions(s3_endpoint="http://127.0.0.1:1", max_attempts=6)
+        with pytest.raises(ImageTimeout, match="gave up"):
+            S3Storage(options).read("s3://b/a")
+
+    def test_pyarrow_asks_the_same_server(
+        self, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one.invalid")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://two.invalid")
+        for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / "config").write_text("[default]\nregion = eu-north-1\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        handler = FolderlessHandler(None)
+        assert (handler.endpoint, handler.region) == ("http://two.invalid", "eu-north-1")
+        assert FolderlessHandler("http://three.invalid").endpoint == "http://three.invalid"
 
     def test_invalid_bucket_name(self, s3_server: Any) -> None:
         self.refused("s3://b ü", StorageError, "not a valid bucket")

@@ -406,6 +406,19 @@ def test_consolidated_metadata_labels_and_old_versions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(window_of(path, slice(0, 9), slice(0, 90)), flat(VALUES)[:9])
 
 
+def test_without_a_fill_value_no_chunk_is_missing(tmp_path: Path) -> None:
+    values = np.ones((64, 64), "uint16")
+    path = write_array(tmp_path / "a.zarr", values)
+    document = json.loads((path / ".zarray").read_text())
+    (path / ".zarray").write_text(json.dumps(document | {"fill_value": None}))
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        zarr.open_array(path, mode="r+")[...] = 0
+    chunks = {"0.0", "0.1", "1.0", "1.1"}
+    assert chunks < set(tree(path))
+    rewrite(path, tmp_path / "out.zarr", size=(64, 64))
+    assert chunks < set(tree(tmp_path / "out.zarr"))
+
+
 def test_a_missing_chunk_is_its_fill_value(tmp_path: Path) -> None:
     path = write_array(tmp_path / "a.zarr", VALUES[0, 0], fill_value=77)
     (path / "1.1").unlink()

@@ -184,7 +184,7 @@ def _paired(
 ) -> Iterator[Shot]:
     entries = list(entries)
     if config.reference is not None:
-        noisy = {entry.path: entry for entry in entries}
+        noisy = _by_path(entries)
         try:
             found = storage_for(config.reference, options).list(config.reference)
             # A reference folder may hold more than is asked for.
@@ -197,6 +197,18 @@ def _paired(
     refuse_unpaired(noisy, clean)
     for key in sorted(noisy):
         yield Shot(noisy[key].path, clean[key].uri, noisy_uri=noisy[key].uri)
+
+
+def _by_path(entries: list[Entry]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.path in found:
+            raise UsageError(
+                f"--reference: {found[entry.path].uri} and {entry.uri} both belong to "
+                f"{entry.path!r}; give the folders one by one."
+            )
+        found[entry.path] = entry
+    return found
 
 
 # --- Pixels -----------------------------------------------------------------------------------

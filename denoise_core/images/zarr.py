@@ -464,13 +464,18 @@ class ZarrWriter:
         self._files = _files_to_write(native)
         self._store = DrainedStore(self._files)
         self._array = open_array(
-            self._store, native["path"], zarr_format=native["zarr_format"], writing=True
+            self._store,
+            native["path"],
+            zarr_format=native["zarr_format"],
+            writing=True,
+            whole=_has_no_fill(native),
         )
 
     def chunks(self, samples: Array, *, y0: int, x0: int) -> Iterator[tuple[str, bytes]]:
         """Yield (name, content) for samples (h, w, S), whose sides are multiples of `unit`.
 
-        Chunks that hold nothing but the fill value have no file, as in zarr-python. Raises
+        Chunks that hold nothing but the fill value, where there is one, have no file, as in
+        zarr-python. Raises
         UnsupportedImage where a codec of the source reads but does not write.
         """
         height, width = samples.shape[:2]
@@ -489,6 +494,12 @@ class ZarrWriter:
     def metadata_files(self) -> Iterator[tuple[str, bytes]]:
         """Yield (name, content) of what is no chunk."""
         yield from self._files.items()
+
+
+def _has_no_fill(native: dict[str, Any]) -> bool:
+    """Whether a chunk without a file is undefined: in format 2 the fill value may be null."""
+    array = native["files"].get("/".join(filter(None, (native["path"], ".zarray"))))
+    return array is not None and json.loads(array).get("fill_value") is None
 
 
 def _files_to_write(native: dict[str, Any]) -> dict[str, bytes]:

@@ -171,9 +171,15 @@ class DrainedStore(zarr.storage.MemoryStore):
             yield key, self._files.pop(key).to_bytes()
 
 
-def open_array(store: Store, path: str, *, zarr_format: int, writing: bool = False) -> Any:
-    """Open the array at `path` of a store. Raises what zarr raises, which is nearly anything."""
-    with warnings.catch_warnings():
+def open_array(
+    store: Store, path: str, *, zarr_format: int, writing: bool = False, whole: bool = False
+) -> Any:
+    """Open the array at `path` of a store. Raises what zarr raises, which is nearly anything.
+
+    `whole`: chunks that hold nothing but the fill value are written too.
+    """
+    # The settings of an array that exists are those of the moment at which it is opened.
+    with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": whole}):
         warnings.simplefilter("ignore")
         return zarr.open_array(
             store=store, path=path, mode="r+" if writing else "r", zarr_format=zarr_format

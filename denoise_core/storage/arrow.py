@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.fs
 
 from denoise_core.storage.base import StorageOptions
-from denoise_core.storage.s3 import S3Storage
+from denoise_core.storage.s3 import S3Storage, server
 
 
 class FolderlessHandler(pyarrow.fs.FileSystemHandler):
@@ -20,9 +20,7 @@ class FolderlessHandler(pyarrow.fs.FileSystemHandler):
     """
 
     def __init__(self, endpoint: str | None) -> None:
-        self.endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")
-        names = ("AWS_REGION", "AWS_DEFAULT_REGION")
-        self.region = next((os.environ[n] for n in names if n in os.environ), "us-east-1")
+        self.endpoint, self.region = server(StorageOptions(s3_endpoint=endpoint))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"endpoint": self.endpoint, "region": self.region}

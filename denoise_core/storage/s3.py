@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from denoise_core.errors import (
     AccessDenied,
+    DenoiseError,
     ObjectNotFound,
     StorageError,
     StorageUnavailable,
@@ -299,6 +300,14 @@ def _explain_s3(error: BaseException, uri: str, options: StorageOptions) -> Stor
     )
 
 
+def server(options: StorageOptions) -> tuple[str | None, str]:
+    """Return the endpoint, None for Amazon's own, and the region, as this process is told them."""
+    import boto3
+
+    named = options.region or os.environ.get("AWS_REGION")
+    return _s3_endpoint(options), named or boto3.session.Session().region_name or "us-east-1"
+
+
 def _s3_endpoint(options: StorageOptions) -> str | None:
     env = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     url = options.s3_endpoint or env
@@ -315,9 +324,8 @@ def _client(options: StorageOptions, pid: int, environment: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    endpoint = _s3_endpoint(options)
+    endpoint, region = server(options)
     session = boto3.session.Session()
-    region = options.region or os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     config = Config(
         connect_timeout=options.connect_timeout_s,
         read_timeout=options.read_timeout_s,
@@ -359,6 +367,10 @@ def _try_on(
     """
     from botocore import exceptions as boto
 
+    # A signal handler's own, such as the end of an image's time, which botocore has wrapped.
+    inner = getattr(caught_exception, "kwargs", {}).get("error")
+    if isinstance(inner, DenoiseError):
+        raise inner
     silent = isinstance(caught_exception, boto.HTTPClientError | boto.ConnectionError)
     status = response[0].status_code if response is not None else 0
     if attempts >= options.max_attempts or not (silent or status in (429, 500, 502, 503, 504)):
