@@ -124,7 +124,10 @@ def parse_actors(value: str) -> tuple[int, int] | None:
 MOST_SECONDS = 10_000_000
 # What a format can hold, where that is not all of --bit-depth.
 FORMAT_DEPTHS = {"png": ("8", "16"), "jpeg": ("8",), "webp": ("8",), "bmp": ("8",)}
-COMPRESSIONS = ("none", "deflate", "lzw", "zstd", "lzma", *"0123456789")
+COMPRESSIONS = {
+    "tiff": ("none", "deflate", "lzw", "zstd", "lzma"),
+    "png": tuple("0123456789"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,7 @@ class DenoiseConfig:
     compression: str | None = setting(
         None,
         "TIFF: none, deflate, lzw, zstd or lzma; PNG: a level of 0 to 9; default: the source's.",
-        choices=COMPRESSIONS,
+        choices=(*COMPRESSIONS["tiff"], *COMPRESSIONS["png"]),
     )
     copy_below: str = setting(
         "auto",
@@ -236,6 +239,12 @@ class DenoiseConfig:
             self.bit_depth in ("preserve", *depths),
             f"--format {self.format} cannot hold --bit-depth {self.bit_depth}, only "
             f"{' or '.join(depths)}.",
+        )
+        fitting = COMPRESSIONS.get(self.format, ())
+        require(
+            self.compression in (None, *fitting) or self.format == "preserve",
+            f"--format {self.format} has no --compression {self.compression}"
+            + (f", only {', '.join(fitting)}." if fitting else "; leave it out."),
         )
         parse_auto_int(self.patch, name="patch", words=("auto",), low=32)
         parse_auto_int(self.halo, name="halo", words=("auto", "exact"), low=0)

@@ -32,6 +32,7 @@ from denoise_core.pipelines.stages import (
     to_items,
     to_table,
 )
+from denoise_core.pipelines.stages.items import is_converted
 from denoise_core.storage import LocalStorage, StorageOptions, local
 
 MEASURES = (
@@ -185,6 +186,25 @@ def test_copied_images_go_on_without_their_pixels(tmp_path: Path, depth: str) ->
     assert item.facts["sigma_out"] == item.facts["sigma_in"]
     assert (item.facts["mean_shift"], item.facts["clipped_fraction"]) == ([0.0], 0.0)
     assert (tmp_path / "out/images/a.tif").read_bytes() == (tmp_path / "a.tif").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "format", "expected"),
+    [
+        ({}, "png", False),
+        ({"compression": "zstd"}, "png", False),
+        ({"compression": "zstd"}, "tiff", True),
+        ({"compression": "9"}, "png", True),
+        ({"compression": "9"}, "tiff", False),
+        ({"format": "tiff"}, "tiff", False),
+        ({"format": "tiff"}, "png", True),
+        ({"bit_depth": "8"}, "tiff", False),
+        ({"bit_depth": "16"}, "tiff", True),
+    ],
+)
+def test_what_is_written_anew(settings: dict[str, str], format: str, expected: bool) -> None:
+    config = DenoiseConfig(inputs=("x",), output="y", **settings)
+    assert is_converted(config, ImageHeader(format, 4, 4, 1, "uint8")) == expected
 
 
 def test_copied_images_keep_their_pixels_in_another_format(tmp_path: Path) -> None:

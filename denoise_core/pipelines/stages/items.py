@@ -18,7 +18,7 @@ import ray
 
 from denoise_core import metrics
 from denoise_core.choice import is_dim
-from denoise_core.config import DenoiseConfig
+from denoise_core.config import COMPRESSIONS, DenoiseConfig
 from denoise_core.errors import ImageError, ImageTimeout, StorageError, UsageError, WorkerDied
 from denoise_core.images import ImageHeader, filled
 from denoise_core.images.values import BIT_DEPTHS
@@ -218,7 +218,7 @@ def is_converted(config: DenoiseConfig, header: ImageHeader) -> bool:
         return True
     if config.bit_depth != "preserve" and BIT_DEPTHS[config.bit_depth] != header.dtype:
         return True
-    return config.compression is not None and header.format in ("png", "tiff")
+    return config.compression in COMPRESSIONS.get(header.format, ())
 
 
 def untouched(facts: Facts, pixels: Array | None = None) -> Facts:
