@@ -335,6 +335,13 @@ def test_cluster_launcher_file_is_valid() -> None:
     spot = types["gpu_spot"]
     assert spot["min_workers"] == 0
     assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    # The head starts machines; a worker, where images are decoded, must not be able to.
+    names = {
+        kind: each["node_config"]["IamInstanceProfile"]["Name"] for kind, each in types.items()
+    }
+    assert names == {"head": "denoise-head", "gpu_spot": "denoise-worker"}
+    # Ray's own choice, where none is named, has a driver too old for CUDA 12.
+    assert all(each["node_config"].get("ImageId") for each in types.values())
 
 
 # Safety.
