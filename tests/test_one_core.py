@@ -22,20 +22,24 @@ from denoise_core.config import DenoiseConfig
 from denoise_core.pipelines.denoise import Watcher, run_denoising
 
 worklist.SHARD_ROWS = 4
-start = lambda: ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-folder, out, model = sys.argv[1:]
+folder, out, model, gpus = sys.argv[1:]
+start = lambda: ray.init(
+    num_cpus=1, num_gpus=int(gpus), include_dashboard=False, log_to_driver=False
+)
 config = DenoiseConfig(inputs=(folder,), output=out, model=model)
 run_denoising(config, watcher=Watcher(), start_ray=start)
 """
 
 
-def test_one_core_suffices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", ["0", "1"])
+def test_one_core_suffices(tmp_path: Path, gpus: str) -> None:
+    """Also beside a GPU, here one that only Ray knows of."""
     for index in range(10):
         pixels = as_dtype(picture(20, 24, 3, seed=index), "uint8")
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / f"in/{index}.png")
     model = make_checkpoint(tmp_path / "model")
-    command = [sys.executable, "-c", JOB, str(tmp_path / "in"), str(tmp_path / "out"), model]
+    command = [sys.executable, "-c", JOB, str(tmp_path / "in"), str(tmp_path / "out"), model, gpus]
     # Before, it hung for ever: one stage asked for a whole CPU beside the actor.
     done = subprocess.run(
         command, env=job_environment(), capture_output=True, text=True, timeout=200, check=False

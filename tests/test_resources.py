@@ -13,6 +13,7 @@ from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import resolve_geometry, working_bytes
 from denoise_core.errors import UsageError
+from denoise_core.pipelines import cluster
 from denoise_core.pipelines.cluster import Resources, check_memory, choose_resources
 from denoise_core.pipelines.flow import Flow
 from denoise_core.pipelines.job import Model
@@ -25,22 +26,80 @@ def choose(
     *,
     images: int = 1000,
     hosts: tuple[int, ...] = (),
+    cpus_per_gpu: float = 1.0,
+    grows: bool = False,
     **settings: str,
 ) -> Resources:
     config = DenoiseConfig(inputs=("in",), output="out", **settings)
-    return choose_resources(config, cluster, images=images, hosts=hosts)
+    return choose_resources(
+        config, cluster, images=images, hosts=hosts, cpus_per_gpu=cpus_per_gpu, grows=grows
+    )
 
 
 def test_gpus_are_shared_out_and_cpus_are_left_for_reading() -> None:
     gpus = {"CPU": 16.0, "GPU": 4.0}
-    assert choose(gpus) == Resources((1, 4), 1.0, 1.0, None)
+    assert choose(gpus, cpus_per_gpu=4.0) == Resources((1, 4), 1.0, 1.0, None)
     assert choose(gpus, gpus_per_actor="0.5").actors == (1, 8)
     cpus = choose({"CPU": 16.0})
     assert cpus.gpus == 0
     assert cpus.actors[1] * cpus.cpus <= 8
     assert cpus.actors[1] * (cpus.threads or 0) == 16
-    with pytest.raises(UsageError, match=r"has 0 GPU\(s\)"):
-        choose({"CPU": 16.0}, gpus_per_actor="1")
+
+
+@pytest.mark.parametrize("share", ["0.1", "0.25", "0.3", "1", "2"])
+@pytest.mark.parametrize("host", [(1, 1), (1, 4), (2, 1), (4, 1), (4, 4), (8, 1), (96, 8)])
+def test_actors_on_gpus_leave_a_host_room_for_a_task(host: tuple[int, int], share: str) -> None:
+    """With one CPU and one GPU an actor of a whole CPU would leave nothing to read with."""
+    cpus, gpus = host
+    if float(share) > gpus:
+        return
+    cluster = {"CPU": 3.0 * cpus, "GPU": 3.0 * gpus}
+    chosen = choose(cluster, cpus_per_gpu=cpus / gpus, gpus_per_actor=share)
+    assert 0.01 <= chosen.cpus <= 1.0
+    assert chosen.cpus != 0.5, "Ray Data would fuse it with the tasks before"
+    most = int(gpus / float(share))
+    assert cpus - most * chosen.cpus >= 0.5
+
+
+def test_gpus_that_can_come_are_trusted_and_others_refused() -> None:
+    """CPU workers are up, a group of GPU machines is at none: only a cluster can start some."""
+    workers, asked = {"CPU": 16.0}, {"gpus_per_actor": "1", "actors": "1:8"}
+    with pytest.raises(UsageError, match=r"has 0 GPU\(s\)\. Use 'auto' for CPUs\.$"):
+        choose(workers, **asked)
+    assert choose(workers, grows=True, **asked) == choose(EMPTY, grows=True, **asked)
+    larger = choose({"CPU": 8.0, "GPU": 1.0}, grows=True, gpus_per_actor="4", actors="2")
+    assert larger == Resources((2, 2), 1.0, 4.0, None)
+    with pytest.raises(UsageError, match=r"has 0 GPU\(s\)\. .* --actors MIN:MAX"):
+        choose(workers, grows=True, gpus_per_actor="1")
+    assert choose(workers, grows=True, actors="1:8").gpus == 0
+
+
+@pytest.mark.parametrize("address", ["auto", None])
+def test_who_waits_for_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    config = DenoiseConfig(inputs=("in",), output="out", gpus_per_actor="1", actors="1:8")
+    told: list[str] = []
+    there = SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}],
+        cluster_resources=lambda: {"CPU": 4.0},
+    )
+    monkeypatch.setattr(cluster, "ray", there)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is None:
+        with pytest.raises(UsageError, match=r"has 0 GPU"):
+            cluster.fit_actors(config, images=100, tell=told.append)
+        assert told == []
+        return
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster.fit_actors(config, images=100, tell=told.append).gpus == 1
+    assert told == [cluster.GPU_TO_COME]
+    there.cluster_resources = lambda: {"CPU": 4.0, "GPU": 1.0}
+    there.nodes = lambda: [
+        {"Alive": True, "Resources": {"CPU": 3.0}},
+        {"Alive": True, "Resources": {"CPU": 1.0, "GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 1.0, "GPU": 8.0}},
+    ]
+    assert cluster.fit_actors(config, images=100, tell=told.append).cpus == 0.49
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(("hosts", "each", "left"), [(2, 2, 1), (2, 1, 1), (3, 8, 1), (16, 16, 8)])
@@ -74,7 +133,7 @@ def test_a_few_images_get_an_actor_on_every_host() -> None:
 
 def test_workers_that_are_still_to_come_must_be_stated() -> None:
     """A head of 0 CPUs whose autoscaler starts GPU machines on demand: nothing can be counted."""
-    assert choose(EMPTY, gpus_per_actor="1", actors="1:8") == Resources((1, 8), 1.0, 1.0, None)
+    assert choose(EMPTY, gpus_per_actor="1", actors="1:8") == Resources((1, 8), 0.49, 1.0, None)
     for settings in ({}, {"actors": "1:8"}, {"gpus_per_actor": "1"}, {"gpus_per_actor": "0"}):
         with pytest.raises(UsageError, match="--gpus-per-actor and --actors MIN:MAX"):
             choose(EMPTY, **settings)

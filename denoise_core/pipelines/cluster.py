@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,11 +139,36 @@ class Resources:
     threads: int | None
 
 
-def fit_actors(config: DenoiseConfig | EvaluateConfig, *, images: int) -> Resources:
-    """Return what the actors of a run on this cluster ask for. Ray must be initialised."""
-    alive = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    hosts = tuple(int(cpus) for cpus in alive if cpus)
-    return choose_resources(config, ray.cluster_resources(), images=images, hosts=hosts)
+GPU_TO_COME = (
+    "The cluster has no GPU for an actor yet: waiting until its autoscaler starts a machine with "
+    "one, or one joins."
+)
+
+
+def fit_actors(
+    config: DenoiseConfig | EvaluateConfig, *, images: int, tell: Callable[[str], None]
+) -> Resources:
+    """Return what the actors of a run on this cluster ask for. Ray must be initialised.
+
+    `tell` is called where they have to wait for a machine. To a Ray that this process has started
+    itself, without RAY_ADDRESS, none can come.
+    """
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cluster = ray.cluster_resources()
+    resources = choose_resources(
+        config,
+        cluster,
+        images=images,
+        hosts=tuple(int(host["CPU"]) for host in hosts if host.get("CPU")),
+        cpus_per_gpu=min(
+            (host["CPU"] / host["GPU"] for host in hosts if host.get("CPU") and host.get("GPU")),
+            default=1.0,
+        ),
+        grows=bool(os.environ.get("RAY_ADDRESS")),
+    )
+    if resources.gpus > cluster.get("GPU", 0.0):
+        tell(GPU_TO_COME)
+    return resources
 
 
 def choose_resources(
@@ -151,18 +177,20 @@ def choose_resources(
     *,
     images: int,
     hosts: Sequence[int] = (),
+    cpus_per_gpu: float = 1.0,
+    grows: bool = False,
 ) -> Resources:
     """Share the cluster's GPUs, or where there are none its CPUs, among the actors.
 
-    `hosts` are the CPUs of each, by default one of all. A few images get one actor a host: a
-    second would be ready when they are done. More than there are images come only if there is
-    work for them, as one large image may have many regions.
+    `hosts` are the CPUs of each, by default one of all; `cpus_per_gpu` is the least of a host with
+    GPUs. A cluster that `grows` may get GPUs yet, if they are asked for. A few images get one actor
+    a host: a second would be ready when they are done. More than there are images come only if
+    there is work for them, as one large image may have many regions.
 
     On CPUs the actors ask for half of the cores in total, so that reading and writing never
-    starve (ray#44687), while their threads cover all of them. A hundredth less keeps an actor's
-    request unequal to a task's: Ray Data fuses equal neighbours, and decoding would wait for the
-    model. On several `hosts` they ask for less: actors of lost hosts begin again on the others, and
-    must leave room for two tasks there, even if half of the hosts are gone.
+    starve (ray#44687), while their threads cover all of them. On several `hosts` they ask for less:
+    actors of lost hosts begin again on the others, and must leave room for two tasks there, even if
+    half of the hosts are gone.
     """
     cpus, gpus = int(cluster.get("CPU", 1)), cluster.get("GPU", 0.0)
     wanted = parse_actors(config.actors)
@@ -170,12 +198,17 @@ def choose_resources(
     if "CPU" not in cluster and not gpus:
         return _resources_to_come(wanted, share)
     if share is not None and share > gpus:
+        if grows and wanted is not None:
+            return _resources_to_come(wanted, share)
+        more = ", or state --actors MIN:MAX where an autoscaler brings GPUs" if grows else ""
         raise UsageError(
-            f"--gpus-per-actor {share:g}: the cluster has {gpus:g} GPU(s). Use 'auto' for CPUs."
+            f"--gpus-per-actor {share:g}: the cluster has {gpus:g} GPU(s). "
+            f"Use 'auto' for CPUs{more}."
         )
     if gpus > 0 and share != 0.0:
         share = share or 1.0
-        return Resources(wanted or (1, max(1, int(gpus / share))), 1.0, share, None)
+        count = wanted or (1, max(1, int(gpus / share)))
+        return Resources(count, _cpus_beside_gpu(share, cpus_per_gpu), share, None)
     many, largest = len(hosts), max(hosts, default=cpus)
     most = max(1, many)
     least = max(1, min(most, images))
@@ -188,11 +221,29 @@ def choose_resources(
     # What is more than one host has finds no place; a task beside it needs half a CPU.
     each = min(total / count[1], max(0.5 * largest, largest - 1.0))
     threads = max(1, min(cpus // count[1], largest))
-    return Resources(count, max(0.01, round(each, 2) - 0.01), 0.0, threads)
+    return Resources(count, _unlike_a_task(each), 0.0, threads)
+
+
+def _cpus_beside_gpu(share: float, cpus_per_gpu: float) -> float:
+    """Return the CPUs of an actor with that share of a GPU: one, or what leaves half to tasks.
+
+    A host's actors together have its GPUs once; a whole CPU each would be all that some hosts have.
+    """
+    each = 0.5 * share * cpus_per_gpu
+    return 1.0 if each >= 1.0 else _unlike_a_task(each)
+
+
+def _unlike_a_task(cpus: float) -> float:
+    """Return a hundredth less, and never the half CPU of a task.
+
+    Ray Data fuses neighbours that ask for the same, and decoding would wait for the model.
+    """
+    asked = max(0.01, round(round(cpus, 2) - 0.01, 2))
+    return 0.49 if asked == 0.5 else asked
 
 
 def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> Resources:
-    """Actors for a cluster whose workers an autoscaler has yet to start, a head with no CPUs.
+    """Actors for machines that an autoscaler has yet to start, of a CPU for each GPU at least.
 
     Nothing in Ray tells a job what could be started (2.60 keeps it from its own libraries too).
     """
@@ -201,7 +252,7 @@ def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> R
             "the cluster has no workers yet, so the actors cannot be fitted to them: state "
             "--gpus-per-actor and --actors MIN:MAX, or keep one worker running (minReplicas: 1)."
         )
-    return Resources(wanted, 1.0, share, None)
+    return Resources(wanted, _cpus_beside_gpu(share, 1.0), share, None)
 
 
 def check_memory(job: Job, resources: Resources, hosts: Sequence[dict[str, float]]) -> None:

@@ -416,6 +416,7 @@ class _Run:
             shards,
             mean_bytes=self.mean_bytes,
             images=self.totals.to_do,
+            tell=self.watcher.note,
         )
         for facts in flow:
             if facts is not None:

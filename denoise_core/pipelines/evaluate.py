@@ -166,7 +166,7 @@ def collect(plan: Plan, shots: list[Shot], watcher: Watcher) -> Collected:
     collected = Collected()
     done, told = 0, False
     try:
-        for table in _results(plan, shots):
+        for table in _results(plan, shots, watcher):
             for text in table["result"].to_pylist():
                 done += collected.add(json.loads(text))
             collected.close()
@@ -192,19 +192,19 @@ def collect(plan: Plan, shots: list[Shot], watcher: Watcher) -> Collected:
     return collected
 
 
-def _results(plan: Plan, shots: list[Shot]) -> Iterator[pa.Table]:
-    dataset = build_dataset(plan, shots)
+def _results(plan: Plan, shots: list[Shot], watcher: Watcher) -> Iterator[pa.Table]:
+    dataset = build_dataset(plan, shots, watcher)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def build_dataset(plan: Plan, shots: list[Shot]) -> Any:
+def build_dataset(plan: Plan, shots: list[Shot], watcher: Watcher) -> Any:
     """Return the lazy pipeline from shots to results."""
     import ray.data
 
     from denoise_core.pipelines.cluster import fit_actors, set_data_context
 
     set_data_context(patience_s=NO_PROGRESS_S)
-    resources = fit_actors(plan.config, images=len(shots))
+    resources = fit_actors(plan.config, images=len(shots), tell=watcher.note)
     most = TASK_PHOTOS if shots[0].index is None else TASK_DIGITS
     together = max(1, min(most, len(shots) // (4 * resources.actors[1])))
     dataset = ray.data.from_items(

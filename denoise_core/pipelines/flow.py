@@ -63,7 +63,7 @@ STAGES = Stages()
 
 
 class Flow:
-    """The results of a work list as they come: iterate once.
+    """The results of a work list as they come: iterate once. `tell` is called with what to know.
 
     Ray Data is read in a thread, so that the driver keeps showing progress and saving rows while
     nothing arrives, and reacts to a signal at once.
@@ -77,6 +77,7 @@ class Flow:
         mean_bytes: float,
         images: int,
         stages: Stages = STAGES,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.job = job
         # The error of a run that failed in this process holds its actors, and they its CPUs.
@@ -85,7 +86,7 @@ class Flow:
         # Counts of deaths must outlast the machines that are lost.
         ledger = actor.options(**beside_driver()).remote()
         self.dataset = build_dataset(
-            job, shards, ledger, mean_bytes=mean_bytes, images=images, stages=stages
+            job, shards, ledger, mean_bytes=mean_bytes, images=images, stages=stages, tell=tell
         )
         self.inbox: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
         self.assembling: dict[Any, Facts] = {}
@@ -166,10 +167,11 @@ def build_dataset(
     *,
     mean_bytes: float,
     images: int,
-    stages: Stages = STAGES,
+    stages: Stages,
+    tell: Callable[[str], None],
 ) -> ray.data.Dataset:
     """Return the lazy pipeline from work-list shards to rows of facts."""
-    resources = fit_actors(job.config, images=images)
+    resources = fit_actors(job.config, images=images, tell=tell)
     check_memory(job, resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     together = int(max(1, min(TASK_IMAGES, TASK_BYTES // max(1, mean_bytes))))
     # With few images, smaller tasks keep every actor busy.
