@@ -3,8 +3,8 @@
 The lock is a small JSON object `OUT/.denoise/lock.json` with the run's id, host, process and a
 heartbeat. It is dead when its process is gone (same machine), or when no heartbeat came for
 DEAD_AFTER_S and none comes while another run watches it (any machine, whatever its clock says). A
-run that meets a lock without a heartbeat for SUSPECT_AFTER_S waits for one or for its death; one
-that meets a fresh lock is refused at once.
+run that meets a lock without a heartbeat for SUSPECT_AFTER_S, or with one that far in the future,
+waits for one or for its death; one that meets a fresh lock is refused at once.
 """
 
 from __future__ import annotations
@@ -111,10 +111,11 @@ def _is_dead(storage: Storage, uri: str, held: dict[str, Any]) -> bool:
         except PermissionError:
             pass
     age = time.time() - held["heartbeat"]
-    if age <= SUSPECT_AFTER_S:
+    if abs(age) <= SUSPECT_AFTER_S:
         return False
-    # Old by this machine's clock. A live run proves itself by its next heartbeat.
-    end = time.monotonic() + max(HEARTBEAT_S * 1.5, DEAD_AFTER_S - age)
+    # Old by this machine's clock, or of a clock ahead of it, which says nothing of its age. A live
+    # run proves itself by its next heartbeat.
+    end = time.monotonic() + max(HEARTBEAT_S * 1.5, DEAD_AFTER_S - max(0.0, age))
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, WATCH_EVERY_S))
         later = _holder(storage, uri)

@@ -46,24 +46,33 @@ def take(clock: Clock, folder: Path, *, age: float) -> lock.Lock:
     return lock._take(LocalStorage(), str(folder), run_id="mine")
 
 
-@pytest.mark.parametrize(("age", "wait"), [(30.0, 30.0), (59.0, 15.0), (3600.0, 15.0)])
+@pytest.mark.parametrize(
+    ("age", "wait"), [(30.0, 30.0), (59.0, 15.0), (3600.0, 15.0), (-30.0, 60.0), (-3600.0, 60.0)]
+)
 def test_silent_run_is_dead_after_a_minute_of_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, wait: float
 ) -> None:
+    """Also one whose clock was ahead: its last heartbeat lies in the future."""
     clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[])
     assert take(clock, tmp_path, age=age).taken_from == "other"
     assert clock.waited == pytest.approx(wait + lock.SETTLE_S, abs=0.01)
 
 
-def test_run_that_beats_again_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("age", [40.0, -40.0])
+def test_run_that_beats_again_is_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
+) -> None:
     clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[12.0])
     with pytest.raises(OutputLocked, match="run other on elsewhere"):
-        take(clock, tmp_path, age=40.0)
+        take(clock, tmp_path, age=age)
     assert clock.waited < 15
 
 
-def test_fresh_lock_is_respected_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("age", [20.0, -20.0])
+def test_fresh_lock_is_respected_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
+) -> None:
     clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[])
     with pytest.raises(OutputLocked, match="run other on elsewhere"):
-        take(clock, tmp_path, age=20.0)
+        take(clock, tmp_path, age=age)
     assert clock.waited == 0
