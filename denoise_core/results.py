@@ -2,11 +2,14 @@
 
 A run appends small Parquet shards to a journal as images finish. At its end the journal and the
 table of earlier runs are merged to `reports/images/part-*.parquet` with one row for each image.
-Both are keyed by `image_id`; of several rows of one image the latest `finished_at` counts.
+Both are keyed by `image_id`. Of several rows of one image that of the last run counts, whatever its
+workers' clocks said: a row in the journal goes before one in the table, and in the journal that of
+the run with the higher number, which the driver gives. Within a run the latest `finished_at` does.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -116,10 +119,14 @@ class Journal:
     A row is safe once `flush` has returned. Small shards are merged, and what that made is merged
     again, up to PART_ROWS rows: less than twice as many are held, and a row is written four times
     at most. A shard goes after its rows are in another: a kill in between doubles them.
+
+    To be made under the lock of `out`: its number is one more than any that killed runs left there.
     """
 
     def __init__(self, storage: Storage, out: str, *, run_id: str) -> None:
-        self.storage, self.root, self.run_id = storage, journal_root(out), run_id
+        self.storage, self.root = storage, journal_root(out)
+        number = 1 + max(map(_run_number, _list(storage, self.root)), default=0)
+        self.name = f"{number:06d}-{run_id}"
         self.waiting: list[Row] = []
         self.shards: defaultdict[int, dict[str, int]] = defaultdict(dict)
         self.written = 0
@@ -137,7 +144,7 @@ class Journal:
 
     def _write(self, table: pa.Table, *, merges: int) -> None:
         """Write the rows of a shard that were merged so often; merge it with others like it."""
-        uri = join(self.root, f"{self.run_id}-{self.written:06d}.parquet")
+        uri = join(self.root, f"{self.name}-{self.written:06d}.parquet")
         self.storage.write(uri, _encode(table))
         self.written += 1
         alike = self.shards[merges]
@@ -169,6 +176,12 @@ def _list(storage: Storage, root: str) -> list[str]:
         return []
 
 
+def _run_number(uri: str) -> int:
+    """Return the number of the run that wrote a shard of the journal; old ones have none, so 0."""
+    numbered = re.match(r"(\d{6})-", uri.rsplit("/", 1)[-1])
+    return int(numbered[1]) if numbered else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Latest:
     """Which rows count: for each shard the places of the rows that are the last of their image."""
@@ -180,14 +193,21 @@ class Latest:
 
 
 def latest_rows(storage: Storage, out: str) -> Latest:
-    """Find the last row of every image in the table and the journal, reading two columns only."""
-    parts, journal = _list(storage, parts_root(out)), _list(storage, journal_root(out))
+    """Find the last row of every image in the table and the journal, reading two columns only.
+
+    A killed `publish` may leave different rows of an image in old and new parts; the journal then
+    has the one that counts. Shards come in the order of their runs.
+    """
+    parts = _list(storage, parts_root(out))
+    journal = sorted(_list(storage, journal_root(out)), key=_run_number)
     shards = parts + journal
     if not shards:
         return Latest([], [], 0, False)
     image, moment, starts = _keys(storage, shards)
+    ages = [0] * len(parts) + [1 + _run_number(uri) for uri in journal]
+    age = np.repeat(np.array(ages, np.int32), np.diff(starts))
     # Of equal times the last shard's counts: the sort keeps the order of equals.
-    order = np.lexsort((moment, image))
+    order = np.lexsort((moment, age, image))
     image = image[order]
     chosen = np.sort(np.append(order[:-1][image[1:] != image[:-1]], order[-1:]))
     places = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
@@ -223,8 +243,8 @@ def _rows(
 def publish(storage: Storage, out: str, *, run_id: str) -> int:
     """Merge the journal into `reports/images/part-*.parquet`; return the number of images.
 
-    New parts are written before old ones go, and the journal goes last: after a crash in between,
-    the next run finds the journal and merges again.
+    New parts are written before old ones go, and the journal goes last, its first runs first: after
+    a crash in between, the next run finds the journal and merges again.
     """
     latest = latest_rows(storage, out)
     if not latest.has_journal:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 
 from denoise_core import results
 from denoise_core.results import Journal, Row, iter_rows, journal_root, new_row, publish
-from denoise_core.storage import LocalStorage
+from denoise_core.storage import LocalStorage, Storage
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 LOCAL = LocalStorage()
@@ -37,6 +40,27 @@ def test_row_that_utf_8_cannot_hold_is_escaped(tmp_path: Path) -> None:
 
 class Killed(BaseException):
     """Stands for SIGKILL."""
+
+
+def mortal(left: int) -> Storage:
+    """A storage that writes and deletes so often; then its process is killed."""
+
+    class Mortal(LocalStorage):
+        def write(self, uri: str, data: bytes | memoryview) -> None:
+            live()
+            super().write(uri, data)
+
+        def delete(self, uri: str) -> None:
+            live()
+            super().delete(uri)
+
+    def live() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    return Mortal()
 
 
 @pytest.fixture
@@ -72,31 +96,15 @@ def test_merges_stay_small_and_write_a_row_a_few_times(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_kill_at_any_point_loses_no_row(tmp_path: Path) -> None:
     for most in range(100):
-        left = most
-
-        class Mortal(LocalStorage):
-            def write(self, uri: str, data: bytes | memoryview) -> None:
-                self._live()
-                super().write(uri, data)
-
-            def delete(self, uri: str) -> None:
-                self._live()
-                super().delete(uri)
-
-            def _live(self) -> None:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    raise Killed
-
+        storage = mortal(most)
         out, safe = tmp_path / str(most), 0
-        journal = Journal(Mortal(), str(out), run_id="run")
+        journal = Journal(storage, str(out), run_id="run")
         try:
             for number in range(16):
                 journal.append(row(number))
                 journal.flush()
                 safe = number + 1
-            publish(Mortal(), str(out), run_id="run")
+            publish(storage, str(out), run_id="run")
         except Killed:
             found = {each["image_id"] for each in stored(out)}
             assert found >= {row(number)["image_id"] for number in range(safe)}
@@ -107,22 +115,81 @@ def test_kill_at_any_point_loses_no_row(tmp_path: Path) -> None:
     pytest.fail("the journal never ended")
 
 
+def write_run(out: str, run: str, numbers: Iterable[int], *, later: float = 0.0) -> None:
+    journal = Journal(LOCAL, out, run_id=run)
+    for number in numbers:
+        journal.append(row(number, later=later, run_id=run))
+        if number % 7 == 0:
+            journal.flush()
+    journal.flush()
+
+
+def runs_of(out: Path) -> dict[str, str]:
+    rows = stored(out)
+    assert len({each["image_id"] for each in rows}) == len(rows)
+    return {each["image_id"]: each["run_id"] for each in rows}
+
+
 @pytest.mark.usefixtures("small")
-def test_the_latest_row_of_an_image_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("published", [True, False])
+def test_the_last_runs_row_counts_whatever_the_clocks_said(tmp_path: Path, published: bool) -> None:
+    """The first run's clocks were an hour ahead; what it left lies in the table or the journal."""
     out = str(tmp_path)
-    for run, order in (("a", range(90)), ("b", range(89, 29, -1))):
-        journal = Journal(LOCAL, out, run_id=run)
-        for number in order:
-            later = number % 3 - 1 if run == "b" else 0  # earlier, at the same time, later
-            journal.append(row(number, later=later, run_id=run))
-            if number % 7 == 0:
-                journal.flush()
-        journal.flush()
+    write_run(out, "z", range(90), later=3600)
+    if published:
+        assert publish(LOCAL, out, run_id="z") == 90
+    write_run(out, "y", range(89, 29, -1), later=-3600)
+    write_run(out, "x", range(60, 70))
     expected = {
-        row(number)["image_id"]: "b" if number >= 30 and number % 3 else "a" for number in range(90)
+        row(number)["image_id"]: "x" if 60 <= number < 70 else "y" if number >= 30 else "z"
+        for number in range(90)
     }
-    assert {each["image_id"]: each["run_id"] for each in stored(tmp_path)} == expected
-    assert publish(LOCAL, out, run_id="b") == 90
+    assert runs_of(tmp_path) == expected
+    assert publish(LOCAL, out, run_id="x") == 90
     assert [len(pq.read_table(part)) for part in sorted(tmp_path.rglob("part-*"))] == [40, 40, 10]
-    assert {each["image_id"]: each["run_id"] for each in stored(tmp_path)} == expected
-    assert publish(LOCAL, out, run_id="c") == 90
+    assert runs_of(tmp_path) == expected
+    assert publish(LOCAL, out, run_id="w") == 90
+
+
+@pytest.mark.usefixtures("small")
+def test_the_latest_row_of_one_run_counts(tmp_path: Path) -> None:
+    journal = Journal(LOCAL, str(tmp_path), run_id="run")
+    for attempts, later in ((1, 0.0), (2, 2.0), (3, 1.0)):
+        for number in range(30):
+            journal.append(row(number, later=later, attempts=attempts))
+        journal.flush()
+    assert [each["attempts"] for each in stored(tmp_path)] == [2] * 30
+    assert publish(LOCAL, str(tmp_path), run_id="run") == 30
+    assert [each["attempts"] for each in stored(tmp_path)] == [2] * 30
+
+
+@pytest.mark.usefixtures("small")
+def test_kill_at_publishing_leaves_the_rows_that_count(tmp_path: Path) -> None:
+    """A table, the journal of an older version, whose shards had no number, and of two of ours."""
+    first = str(tmp_path / "first")
+    write_run(first, "table", range(60))
+    publish(LOCAL, first, run_id="table")
+    write_run(first, "20260101T000000-abcdef", range(10, 60))
+    for shard in Path(journal_root(first)).iterdir():
+        shard.rename(shard.with_name(shard.name.removeprefix("000001-")))
+    write_run(first, "b", range(20, 60))
+    write_run(first, "a", range(30, 60), later=-3600)
+    expected = runs_of(tmp_path / "first")
+    assert Counter(expected.values()) == {
+        "table": 10,
+        "20260101T000000-abcdef": 10,
+        "b": 10,
+        "a": 30,
+    }
+    for most in range(100):
+        out = tmp_path / str(most)
+        shutil.copytree(first, out)
+        try:
+            publish(mortal(most), str(out), run_id="new")
+        except Killed:
+            assert runs_of(out) == expected, most
+            assert publish(LOCAL, str(out), run_id="next") == 60
+            assert runs_of(out) == expected
+        else:
+            return
+    pytest.fail("publishing never ended")
