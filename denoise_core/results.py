@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from denoise_core.errors import ObjectNotFound
+from denoise_core.errors import ObjectNotFound, RunFailed
 from denoise_core.storage import Storage, join
 
 SCHEMA_VERSION = 1
@@ -166,7 +166,18 @@ def _encode(table: pa.Table) -> memoryview:
 
 
 def _read(storage: Storage, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read(uri)), columns=columns)
+    try:
+        return pq.read_table(pa.BufferReader(storage.read(uri)), columns=columns)
+    except pa.ArrowInvalid as error:
+        raise damaged(uri, error) from error
+
+
+def damaged(uri: str, error: Exception) -> RunFailed:
+    """Return the sentence about a shard that cannot be read."""
+    return RunFailed(
+        f"{uri} is not a Parquet file that can be read ({error}). Move it away and run "
+        "jobs.denoise again on this OUT: the images whose rows it held are then done again."
+    )
 
 
 def _list(storage: Storage, root: str) -> list[str]:

@@ -2,8 +2,9 @@
 
     python -m jobs.report OUT [--s3-endpoint URL] [--examples N]
 
-Reads OUT/reports/images/part-*.parquet and OUT/run.json; writes OUT/reports/summary.json and
-OUT/report.html. Exit code: 0 written, 1 failed, 2 wrong usage or no such OUT.
+Reads OUT/reports/images/part-*.parquet, the rows of a killed run that are not there yet, and
+OUT/run.json; writes OUT/reports/summary.json and OUT/report.html. Exit code: 0 written, 1 failed,
+2 wrong usage or no such OUT.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main(out: str, s3_endpoint: str | None, examples: int) -> None:
     click.echo(
         f"{images['total']:,} images: {images['ok']:,} denoised, {images['copied']:,} copied, "
         f"{images['failed']:,} failed; {summary['megapixels']:,.1f} Mpx"
+        + ("; the run is not finished" if summary["finished"] is False else "")
     )
     click.echo(join(out, "reports", "summary.json"))
     click.echo(join(out, "report.html"))

@@ -23,7 +23,8 @@ from denoise_core.report.charts import WIDTH, draw_charts
 from denoise_core.report.examples import CROP, _most_different, _tone_map, rank, read_example
 from denoise_core.report.rows import Table, survey_rows
 from denoise_core.report.text import duration, number, visible
-from denoise_core.results import SCHEMA
+from denoise_core.results import SCHEMA, Journal
+from denoise_core.storage import LocalStorage
 from jobs.report import main
 
 START = datetime(2025, 11, 21, 2, 0, tzinfo=UTC)
@@ -163,6 +164,47 @@ def test_no_rows_but_a_run(tmp_path: Path) -> None:
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound, match=r"jobs\.denoise run"):
         build_report(str(tmp_path / "nothing"))
+
+
+def test_rows_of_a_killed_run_are_there_once_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of its rows lie in the table of an earlier run, some of them done again since."""
+    monkeypatch.setattr("denoise_core.report.rows.BATCH_ROWS", 7)
+    out = write(tmp_path, [failed(f"{i:03}.png") for i in range(80)])
+    journal = Journal(LocalStorage(), out, run_id="run-2")
+    for i in range(60, 180):
+        journal.append(row(f"{i:03}.png", run_id="run-2", width=i))
+        if i % 50 == 0:
+            journal.flush()
+    journal.flush()
+    (tmp_path / "run.json").write_text('{"finished": false}')
+    table = Table(out, None)
+    taken = table.take(np.array([179, 59, 60, 0, 100]))
+    assert [(r["image_id"], r["run_id"]) for r in taken] == [
+        ("179.png", "run-2"),
+        ("059.png", "run-1"),
+        ("060.png", "run-2"),
+        ("000.png", "run-1"),
+        ("100.png", "run-2"),
+    ]
+    widths = survey_rows(table).numbers["width"]
+    assert widths[60:].tolist() == list(range(60, 180))
+    done = CliRunner().invoke(main, [out, "--examples", "2"])
+    assert "180 images: 120 denoised, 0 copied, 60 failed" in done.output
+    assert "the run is not finished" in done.output
+    assert "<span>not finished; last image " in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "reports/summary.json").read_text())["finished"] is False
+    (tmp_path / "run.json").write_text('{"finished": true}')
+    assert "not finished" not in CliRunner().invoke(main, [out]).output
+    assert "<span>finished " in (tmp_path / "report.html").read_text()
+
+
+def test_damaged_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".denoise/journal").mkdir(parents=True)
+    (tmp_path / ".denoise/journal/000001-run-000000.parquet").write_bytes(b"PAR1 not quite")
+    with pytest.raises(RunFailed, match=r"000001-run-000000\.parquet is not .* Move it away"):
+        build_report(str(tmp_path))
 
 
 def test_newer_rows_are_refused(tmp_path: Path) -> None:

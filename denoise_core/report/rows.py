@@ -18,8 +18,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from denoise_core.errors import ObjectNotFound, RunFailed
-from denoise_core.results import SCHEMA, SCHEMA_VERSION
-from denoise_core.storage import StorageOptions, join, storage_for
+from denoise_core.results import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    damaged,
+    journal_root,
+    latest_rows,
+    parts_root,
+)
+from denoise_core.storage import Storage, StorageOptions, join, storage_for
 
 SHOWN_IMAGES = 1000
 BATCH_ROWS = 65_536
@@ -53,42 +60,76 @@ _SURVEYED = [
 
 
 class Table:
-    """The Parquet parts below OUT, read batch by batch or by row numbers over all parts."""
+    """The rows below OUT, one for each image, read batch by batch or by their numbers.
+
+    Of a finished run they are all in the Parquet parts. Where a journal lies beside them, as of a
+    run at work or a killed one, the rows that count are first found over both.
+    """
 
     def __init__(self, out: str, options: StorageOptions | None) -> None:
         self._storage = storage_for(out, options)
-        root = join(out, "reports", "images")
-        try:
-            entries = [entry.uri for entry in self._storage.list(root, recursive=False)]
-        except ObjectNotFound:
-            entries = []
-        self.parts = sorted(
-            uri for uri in entries if re.fullmatch(r"part-.*\.parquet", uri.rsplit("/", 1)[-1])
-        )
+        parts = _parquets(self._storage, parts_root(out), pattern=r"part-.*\.parquet")
+        # Each with the places of its rows that count, None for all of them.
+        self.shards: list[tuple[str, NDArray[np.int64] | None]] = [(uri, None) for uri in parts]
+        if _parquets(self._storage, journal_root(out), pattern=r".*\.parquet"):
+            latest = latest_rows(self._storage, out)
+            self.shards = list(zip(latest.shards, latest.keep, strict=True))
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """All rows in order, up to BATCH_ROWS at a time; a column that a part lacks is null."""
-        for uri in self.parts:
+        for uri, keep in self.shards:
             with self._storage.open(uri) as file:
                 parquet = _parquet(file, uri)
                 present = [name for name in columns if name in parquet.schema_arrow.names]
+                first = 0
                 for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=present):
-                    yield _complete(pa.Table.from_batches([batch]), columns)
+                    table = pa.Table.from_batches([batch])
+                    if keep is not None:
+                        table = table.take(pa.array(_inside(keep, first, len(batch)) - first))
+                    yield _complete(table, columns)
+                    first += len(batch)
 
     def take(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """The rows of these numbers as dictionaries of all columns, in the order asked for."""
         found: dict[int, dict[str, Any]] = {}
         start = 0
-        for uri in self.parts:
+        for uri, keep in self.shards:
             with self._storage.open(uri) as file:
                 parquet = _parquet(file, uri)
-                for group in range(parquet.num_row_groups):
-                    size = parquet.metadata.row_group(group).num_rows
-                    inside = rows[(rows >= start) & (rows < start + size)]
-                    if inside.size:
-                        found.update(_rows_of_group(parquet, group, inside - start, start=start))
-                    start += size
+                size = parquet.metadata.num_rows if keep is None else len(keep)
+                numbers = _inside(rows, start, size)
+                places = numbers - start if keep is None else keep[numbers - start]
+                by_place = dict(_rows_at(parquet, places))
+                found.update(
+                    (number, by_place[place])
+                    for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
+                )
+                start += size
         return [found[row] for row in rows.tolist()]
+
+
+def _parquets(storage: Storage, root: str, *, pattern: str) -> list[str]:
+    try:
+        uris = [entry.uri for entry in storage.list(root, recursive=False)]
+    except ObjectNotFound:
+        return []
+    return sorted(uri for uri in uris if re.fullmatch(pattern, uri.rsplit("/", 1)[-1]))
+
+
+def _inside(numbers: NDArray[np.int64], first: int, size: int) -> NDArray[np.int64]:
+    return numbers[(numbers >= first) & (numbers < first + size)]
+
+
+def _rows_at(
+    parquet: pq.ParquetFile, places: NDArray[np.int64]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    start = 0
+    for group in range(parquet.num_row_groups):
+        size = parquet.metadata.row_group(group).num_rows
+        inside = _inside(places, start, size)
+        if inside.size:
+            yield from _rows_of_group(parquet, group, inside - start, start=start)
+        start += size
 
 
 def _rows_of_group(
@@ -97,7 +138,7 @@ def _rows_of_group(
     """By batches: one group may hold a million rows, of which a few are wanted."""
     first = 0
     for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
-        inside = rows[(rows >= first) & (rows < first + len(batch))]
+        inside = _inside(rows, first, len(batch))
         if inside.size:
             some = pa.Table.from_batches([batch]).take(pa.array(inside - first))
             picked = _complete(some, SCHEMA.names).to_pylist()
@@ -109,10 +150,7 @@ def _parquet(file: Any, uri: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
-        raise RunFailed(
-            f"{uri} is not a Parquet file that can be read ({error}). "
-            "Run jobs.denoise again on this OUT to rebuild the table."
-        ) from error
+        raise damaged(uri, error) from error
 
 
 def _complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:

@@ -53,7 +53,7 @@ def _finite(values: Floats) -> Floats:
     return values[np.isfinite(values)]
 
 
-def summarise(survey: Survey, out: str) -> dict[str, Any]:
+def summarise(survey: Survey, out: str, *, finished: bool | None = None) -> dict[str, Any]:
     """The content of summary.json; its keys are listed at `build_report`."""
     n, status = survey.numbers, survey.status
     written = (status == OK) | (status == COPIED)
@@ -65,6 +65,7 @@ def summarise(survey: Survey, out: str) -> dict[str, Any]:
         "program_version": __version__,
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "out": out,
+        "finished": finished,
         "images": {"total": int(status.size), **counts},
         "megapixels": round(megapixels, 6),
         "source_bytes": int(np.nansum(n["source_bytes"])),
