@@ -672,6 +672,52 @@ def test_a_run_that_lost_an_image_or_its_row_is_no_success(
     assert (tmp_path / "out/report.html").exists()
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_run_that_died_at_its_page_is_ended_by_the_next(
+    ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from denoise_core.config import DenoiseConfig
+    from denoise_core.pipelines import denoise as pipeline
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.png").write_bytes(png_bytes(as_dtype(picture(40, 50, 1), "uint8")))
+    monkeypatch.setattr(pipeline, "build_report", kill)
+    with pytest.raises(Killed):
+        denoise(source, out, stand_in)
+    monkeypatch.undo()
+    images = snapshot(out / "images")
+    assert list(images) == ["a.png"]
+    config = DenoiseConfig(
+        inputs=(str(source),), output=str(out), model=stand_in, precision="float32", actors="1"
+    )
+
+    def again() -> None:
+        outcome = pipeline.run_denoising(
+            config, watcher=Notes(), start_ray=lambda: pytest.fail("Ray")
+        )
+        assert (outcome.totals.to_do, outcome.totals.skipped) == (0, 1)
+        assert snapshot(out / "images") == images
+        assert json.loads((out / "run.json").read_text())["finished"] is True
+        assert json.loads((out / "reports/summary.json").read_text())["images"]["ok"] == 1
+        assert "<span>finished " in (out / "report.html").read_text()
+        assert (out / "_SUCCESS").exists()
+
+    assert not (out / "report.html").exists()
+    assert json.loads((out / "run.json").read_text())["finished"] is False
+    again()
+    # As an older version left it, which wrote run.json before the page.
+    (out / "report.html").unlink()
+    (out / "_SUCCESS").unlink()
+    again()
+
+
 def test_a_data_range_that_some_images_cannot_have_fails_those_alone(
     ray_session: None, checkpoint: str, tmp_path: Path
 ) -> None:

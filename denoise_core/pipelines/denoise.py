@@ -320,7 +320,7 @@ class _Run:
         """Plan, work, publish. The journal is flushed and published however it ends."""
         self._sweep("work")
         shards = self._plan()
-        if self.totals.to_do or not self.before.get("finished"):
+        if self.totals.to_do or not self._is_published():
             try:
                 self._do(shards)
             except StorageError as error:
@@ -351,9 +351,14 @@ class _Run:
             return {}
         return content
 
+    def _is_published(self) -> bool:
+        """Whether the run before came to its end, and its page, the last report, is there."""
+        page = join(self.out, "report.html")
+        return bool(self.before.get("finished")) and self.storage.stat(page) is not None
+
     def _do(self, shards: list[str]) -> None:
         self.storage.delete(join(self.out, "_SUCCESS"))
-        self._write_run_json(finished=False)
+        self._write_run_json(self._run_json(finished=False))
         try:
             if shards:
                 self._work(shards)
@@ -363,8 +368,10 @@ class _Run:
             results.publish(self.storage, self.out, run_id=self.job.run_id)
         self._sweep("work")
         self._sweep("regions")
-        self._write_run_json(finished=True)
-        build_report(self.out, self.job.options)
+        # Last, so that what was killed at the page is not taken for finished.
+        content = self._run_json(finished=True)
+        build_report(self.out, self.job.options, run=content)
+        self._write_run_json(content)
 
     def _sweep(self, folder: str) -> None:
         """Delete what is of no use once a run is over; killed runs leave some, hidden files too."""
@@ -487,7 +494,12 @@ class _Run:
             self.flushed = time.monotonic()
             self.watcher.update(self.totals)
 
-    def _write_run_json(self, *, finished: bool) -> None:
+    def _write_run_json(self, content: dict[str, Any]) -> None:
+        data = json.dumps(content, indent=1).encode()
+        self.storage.write(join(self.out, "run.json"), data)
+
+    def _run_json(self, *, finished: bool) -> dict[str, Any]:
+        """Return what run.json is to hold, as plain JSON types."""
         job, totals = self.job, self.totals
         content = {
             "run_id": job.run_id,
@@ -521,8 +533,8 @@ class _Run:
             "seconds": round(totals.seconds, 3),
             "first_image_seconds": totals.first_image_s,
         }
-        data = json.dumps(content, indent=1).encode()
-        self.storage.write(join(self.out, "run.json"), data)
+        plain: dict[str, Any] = json.loads(json.dumps(content))
+        return plain
 
 
 def to_row(job: Job, facts: Facts) -> results.Row:
