@@ -160,7 +160,9 @@ class DenoiseConfig:
     )
     dry_run: bool = setting(False, "List what would be done and stop.")
     patch: str = setting(
-        "256", "Core of a patch in pixels; auto: as large as memory allows.", metavar="256|N|auto"
+        "256",
+        "Core of a patch in pixels; auto: as large as memory allows, on a rerun as before.",
+        metavar="256|N|auto",
     )
     halo: str = setting(
         "auto", "Context around a core; exact: the receptive radius.", metavar="auto|exact|N"

@@ -672,6 +672,34 @@ def test_a_run_that_lost_an_image_or_its_row_is_no_success(
     assert (tmp_path / "out/report.html").exists()
 
 
+def test_patch_of_auto_is_kept_on_another_machine(
+    ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the cores, or another head: what 'auto' comes to there would do all images again."""
+    from denoise_core.config import DenoiseConfig
+    from denoise_core.pipelines import denoise as pipeline
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png_bytes(as_dtype(picture(40, 50, 1), "uint8")))
+    monkeypatch.setattr(pipeline, "device_memory", lambda: 1 << 40)
+    denoise(tmp_path / "in", tmp_path / "out", stand_in, patch="auto")
+    large = json.loads((tmp_path / "out/run.json").read_text())["patch"]
+    monkeypatch.setattr(pipeline, "device_memory", lambda: 1)
+    config = DenoiseConfig(
+        inputs=(str(tmp_path / "in"),), output=str(tmp_path / "out"), model=stand_in,
+        precision="float32", patch="auto", dry_run=True,
+    )  # fmt: skip
+    notes = Notes()
+    assert pipeline.run_denoising(config, watcher=notes).totals.to_do == 0
+    assert notes == [f"--patch auto: {large}, as in the run before on this output."]
+    # With other settings it is chosen anew.
+    changed = replace(config, strength=0.5)
+    assert pipeline.run_denoising(changed, watcher=notes).totals.to_do == 1
+    assert len(notes) == 1
+    checkpoint = load_checkpoint(stand_in)
+    assert int(pipeline.resolve(changed, checkpoint)[0].patch) < large
+
+
 class Killed(BaseException):
     """Stands for SIGKILL."""
 

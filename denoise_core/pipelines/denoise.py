@@ -118,8 +118,10 @@ def run_denoising(
         load_checkpoint(name, model_range=config.model_range, tell=watcher.note, options=options)
         for name in candidates(config)
     ]
+    storage = storage_for(absolute(config.output), options)
+    if config.patch == "auto":
+        config = _keep_patch(config, checkpoints, storage, watcher)
     config, geometry = resolve(config, checkpoints[0])
-    storage = storage_for(config.output, options)
     run_id = new_run_id()
     job = _make_job(config, checkpoints, geometry, run_id=run_id, options=options)
     _refuse_circular(config)
@@ -177,6 +179,35 @@ def resolve(config: DenoiseConfig, checkpoint: Checkpoint) -> tuple[DenoiseConfi
     return config, geometry
 
 
+def _keep_patch(
+    config: DenoiseConfig, checkpoints: list[Checkpoint], storage: Storage, watcher: Watcher
+) -> DenoiseConfig:
+    """Return settings with the patch of the run before, if its other settings are the same.
+
+    What 'auto' comes to hangs on this machine's memory and cores, and with another patch all images
+    would be done again.
+    """
+    before = _read_run_json(storage, absolute(config.output))
+    same = replace(config, patch=str(before.get("patch", "auto")))
+    if before.get("config_hash") != pixel_hash(same, model_hash=_model_hash(checkpoints)):
+        return config
+    watcher.note(f"--patch auto: {same.patch}, as in the run before on this output.")
+    return same
+
+
+def _read_run_json(storage: Storage, out: str) -> dict[str, Any]:
+    """Return the run.json of the run before, empty where there was none."""
+    try:
+        content: dict[str, Any] = json.loads(storage.read(join(out, "run.json")))
+    except ObjectNotFound:
+        return {}
+    return content
+
+
+def _model_hash(checkpoints: list[Checkpoint]) -> str:
+    return "+".join(each.hash for each in checkpoints)
+
+
 def _make_job(
     config: DenoiseConfig,
     checkpoints: list[Checkpoint],
@@ -203,7 +234,7 @@ def _make_job(
         options=options,
         geometry=geometry,
         models=models,
-        config_hash=pixel_hash(config, model_hash="+".join(model.hash for model in models)),
+        config_hash=pixel_hash(config, model_hash=_model_hash(checkpoints)),
     )
 
 
@@ -312,7 +343,7 @@ class _Run:
         # Images by device and precision.
         self.computed: Counter[str] = Counter()
         self.misses_gpu = False
-        self.before = self._run_before()
+        self.before = _read_run_json(storage, self.out)
         self.started = time.monotonic()
         self.flushed = time.monotonic()
 
@@ -342,14 +373,6 @@ class _Run:
             dim=self.dim,
             dim_ends=self.dim_ends,
         )
-
-    def _run_before(self) -> dict[str, Any]:
-        """Return the run.json of the run before, empty where there was none."""
-        try:
-            content: dict[str, Any] = json.loads(self.storage.read(join(self.out, "run.json")))
-        except ObjectNotFound:
-            return {}
-        return content
 
     def _is_published(self) -> bool:
         """Whether the run before came to its end, and its page, the last report, is there."""
