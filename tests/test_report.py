@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from browsing import browser_test, resize
 from click.testing import CliRunner
 from PIL import Image
@@ -65,6 +66,9 @@ def row(name: str, **values: Any) -> dict[str, Any]:
     }
 
 
+UNTIMED = dict.fromkeys(["read_ms", "denoise_ms", "write_ms"])
+
+
 def failed(name: str, **values: Any) -> dict[str, Any]:
     unknown = dict.fromkeys(["width", "height", "sigma_in", "sigma_out", "output_uri"])
     error = {"error_stage": "read", "error_type": "CorruptImage", "error_message": "cut short"}
@@ -111,7 +115,8 @@ def test_summary_counts_sums_and_quantiles(tmp_path: Path) -> None:
         [
             gained("a.png", 8.0, metadata_lost=["exif"]),
             gained("b.png", 10.0, attempts=2, finished_at=START + timedelta(seconds=20)),
-            row("c.png", status="copied", sigma_in=1.0, sigma_out=None),
+            row("c.png", status="copied", sigma_in=1.0, sigma_out=1.0),
+            failed("no.png", error_stage="plan", started_at=START - timedelta(hours=1), **UNTIMED),
             failed("d.png"),
         ],
     )
@@ -120,7 +125,7 @@ def test_summary_counts_sums_and_quantiles(tmp_path: Path) -> None:
     write(tmp_path, [failed("e.png", error_stage="write", **later)], part=1)
     summary = build_report(out)
 
-    assert summary["images"] == {"total": 5, "ok": 2, "copied": 1, "failed": 2}
+    assert summary["images"] == {"total": 6, "ok": 2, "copied": 1, "failed": 3}
     assert summary["megapixels"] == 3.0
     assert summary["wall_s"] == 20.0, "idle days between two runs do not count"
     assert summary["mpx_per_s"] == 0.15
@@ -129,14 +134,14 @@ def test_summary_counts_sums_and_quantiles(tmp_path: Path) -> None:
     assert summary["stage_s"]["denoise"] == 1.5
     assert summary["metadata_lost"] == {"exif": 1}
     assert summary["failures"] == {
-        "total": 2,
-        "by_stage": {"read": 1, "write": 1},
-        "by_type": {"CorruptImage": 2},
+        "total": 3,
+        "by_stage": {"read": 1, "write": 1, "plan": 1},
+        "by_type": {"CorruptImage": 3},
     }
     gain = summary["quantiles"]["psnr_gain"]
     assert (gain["count"], gain["min"], gain["p50"], gain["max"]) == (2, 8.0, 9.0, 10.0)
     assert summary["quantiles"]["sigma_in"]["count"] == 3
-    assert summary["quantiles"]["sigma_out"]["count"] == 2
+    assert summary["quantiles"]["sigma_out"]["count"] == 3
     assert summary["quantiles"]["seam_ratio"]["p50"] is None
     assert summary["quantiles"]["mpx_per_s"]["p50"] == 2.0
     assert json.loads((tmp_path / "reports" / "summary.json").read_text()) == summary
@@ -270,19 +275,31 @@ def test_ranked_by_residual_without_references(tmp_path: Path) -> None:
     assert (*worst[:2], worst[2].tolist()) == ("Worst", "residual autocorrelation", [2])
 
 
+LEVELS = [(0.0, 255.0)] * 2
+
+
+def test_crop_lies_where_the_difference_is_in_another_depth_too() -> None:
+    before = np.full((1000, 1500, 1), 257 * 100, np.uint16)
+    before[:300, :300] = 257 * 200
+    after = (before // 257).astype(np.uint8)
+    after[900:, 1400:] += 20
+    y, x = _most_different(before, after, [(0.0, 65535.0), (0.0, 255.0)])
+    assert (y, x) == (1000 - CROP, 1500 - CROP)
+
+
 def test_crop_lies_where_the_difference_is() -> None:
     before = np.zeros((1000, 1500, 1), np.uint8)
     after = before.copy()
     after[900:960, 1300:1400] = 200
-    y, x = _most_different(before, after)
+    y, x = _most_different(before, after, LEVELS)
     assert y <= 900
     assert y + CROP >= 960
     assert x <= 1300
     assert x + CROP >= 1400
     assert y + CROP <= 1000
     assert x + CROP <= 1500
-    assert _most_different(before, before) == ((1000 - CROP) // 2, (1500 - CROP) // 2)
-    assert _most_different(before[:1, :1], after[:1, :1]) == (0, 0)
+    assert _most_different(before, before, LEVELS) == ((1000 - CROP) // 2, (1500 - CROP) // 2)
+    assert _most_different(before[:1, :1], after[:1, :1], LEVELS) == (0, 0)
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
@@ -313,6 +330,24 @@ def test_example_shows_both_images(tmp_path: Path) -> None:
     assert shown.crop.startswith("384 × 384 at ")
 
 
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_example_shows_a_raster_without_its_no_data(
+    tmp_path: Path, tile: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tile:
+        monkeypatch.setattr("denoise_core.report.examples.WHOLE_PIXELS", 10)
+    uris = {}
+    for kind, noise in (("source_uri", 0.1), ("output_uri", 0.0)):
+        band = np.full((200, 200), 0.5, np.float32)
+        band += np.random.default_rng(0).normal(0, noise, band.shape).astype(np.float32)
+        band[:90] = np.nan
+        uris[kind] = str(tmp_path / f"{kind}.tif")
+        tifffile.imwrite(uris[kind], band, tile=tile, extratags=[(42113, 2, None, "nan", True)])
+    made = row("a.tif", width=200, height=200, channels=1, data_range=[0.0, 1.0], **uris)
+    example = read_example(made, None)
+    assert (example.note, bool(example.before), bool(example.after)) == ("", True, True)
+
+
 def test_example_is_a_note_where_there_is_no_picture(tmp_path: Path) -> None:
     pair = noise_pair(tmp_path, "a.png", (40, 50))
     gone = read_example(row("a.png", **{**pair, "source_uri": str(tmp_path / "gone.png")}), None)
@@ -326,7 +361,6 @@ def test_example_is_a_note_where_there_is_no_picture(tmp_path: Path) -> None:
 
 
 def test_huge_tiled_tiff_is_read_in_a_window(tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile")
     uris = {}
     for key, value in (("source_uri", 90), ("output_uri", 100)):
         uris[key] = str(tmp_path / f"{key}.tif")

@@ -96,7 +96,7 @@ def _cut_example(row: dict[str, Any], options: StorageOptions | None) -> Example
     elif pixels > SEARCH_PIXELS:
         crops = _centre_crops(source, output, options)
     else:
-        crops = _searched_crops(source, output, options)
+        crops = _searched_crops(source, output, row["data_range"], options)
     if crops is None:
         limit = WHOLE_PIXELS / 1e6
         return Example(row, note=f"No preview: {pixels / 1e6:,.0f} Mpx, over {limit:.0f} Mpx.")
@@ -118,7 +118,8 @@ _Crops = tuple[Image, Image, tuple[int, int]]
 def _decode(uri: str, options: StorageOptions | None) -> Image:
     from denoise_core import images
 
-    return images.decode(images.fetch(storage_for(uri, options), uri), name=uri).pixels
+    data = images.fetch(storage_for(uri, options), uri)
+    return images.picture_of(images.decode(data, name=uri, keep_nodata=True))[0]
 
 
 def _same_size(before: tuple[int, ...], after: tuple[int, ...]) -> None:
@@ -129,10 +130,12 @@ def _same_size(before: tuple[int, ...], after: tuple[int, ...]) -> None:
         )
 
 
-def _searched_crops(source: str, output: str, options: StorageOptions | None) -> _Crops:
+def _searched_crops(
+    source: str, output: str, stated: Sequence[float] | None, options: StorageOptions | None
+) -> _Crops:
     before, after = _decode(source, options), _decode(output, options)
     _same_size(before.shape, after.shape)
-    y, x = _most_different(before, after)
+    y, x = _most_different(before, after, _display_ranges(before, after, stated))
     window = np.s_[y : y + CROP, x : x + CROP]
     return before[window].copy(), after[window].copy(), (y, x)
 
@@ -160,9 +163,10 @@ def _window_crops(source: str, output: str, options: StorageOptions | None) -> _
                 return None
             y, x = _centre((header.height, header.width))
             rows, columns = slice(y, y + CROP), slice(x, x + CROP)
-            pixels, _ = images.read_window(file, y=rows, x=columns, name=uri)
+            pixels, _ = images.read_window(file, y=rows, x=columns, name=uri, keep_nodata=True)
+            low, high = images.data_range(images.valid(pixels, header.nodata))
             shapes.append((header.height, header.width))
-            crops.append(pixels)
+            crops.append(images.filled(pixels, header.nodata, low=low, high=high))
     _same_size(*shapes)
     return crops[0], crops[1], (y, x)
 
@@ -171,10 +175,13 @@ def _centre(shape: Sequence[int]) -> tuple[int, int]:
     return max(0, (shape[0] - CROP) // 2), max(0, (shape[1] - CROP) // 2)
 
 
-def _most_different(before: Image, after: Image, *, block: int = 32) -> tuple[int, int]:
+def _most_different(
+    before: Image, after: Image, ranges: list[tuple[float, float]], *, block: int = 32
+) -> tuple[int, int]:
     """Top left of the crop with the largest absolute difference, on a grid of blocks.
 
-    Where nothing differs, or the crop covers the image, that is the centre or the origin.
+    Each counts by its own data range of `ranges`, as depths may differ. Where nothing differs, or
+    the crop covers the image, that is the centre or the origin.
     """
     height, width = before.shape[:2]
     rows, columns = -(-height // block), -(-width // block)
@@ -182,7 +189,11 @@ def _most_different(before: Image, after: Image, *, block: int = 32) -> tuple[in
     channels = min(before.shape[2], after.shape[2])
     for i in range(rows):
         strip = np.s_[i * block : (i + 1) * block, :, :channels]
-        change = np.abs(before[strip].astype(np.float32) - after[strip].astype(np.float32))
+        first, second = (
+            (pixels[strip].astype(np.float32) - lo) / max(hi - lo, 1e-30)
+            for pixels, (lo, hi) in zip((before, after), ranges, strict=True)
+        )
+        change = np.abs(first - second)
         line = change.sum(axis=(0, 2), dtype=np.float64)
         sums[i + 1, 1:] = np.add.reduceat(line, np.arange(0, width, block))
     integral = sums.cumsum(axis=0).cumsum(axis=1)

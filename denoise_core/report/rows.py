@@ -243,7 +243,9 @@ def _count(survey: Survey, batch: pa.Table, *, failed: pa.Array) -> None:
     survey.models.update(_groups(batch, ["model_id", "model_hash"]))
     lost = pa.table({"lost": pc.list_flatten(batch.column("metadata_lost"))})
     survey.metadata_lost.update(_groups(lost, ["lost"]))
-    times = batch.group_by("run_id").aggregate([("started_at", "min"), ("finished_at", "max")])
+    # What is refused as a run is planned is noted before it begins.
+    at_work = batch.filter(pc.fill_null(pc.not_equal(batch.column("error_stage"), "plan"), True))
+    times = at_work.group_by("run_id").aggregate([("started_at", "min"), ("finished_at", "max")])
     for row in times.to_pylist():
         first, last = row["started_at_min"], row["finished_at_max"]
         if first is None or last is None:

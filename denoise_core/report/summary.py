@@ -16,14 +16,14 @@ from denoise_core.results import SCHEMA_VERSION
 def measures(survey: Survey) -> dict[str, Floats]:
     """The finite values of each measure over the images that it speaks of.
 
-    Noise before: every image that was written. All else: denoised images only, for a copied one
-    would add a zero gain that says nothing of the model.
+    Noise before and after: every image that was written. All else: denoised images only, for a
+    copied one would add a zero gain that says nothing of the model.
     """
     ok = survey.status == OK
     written = ok | (survey.status == COPIED)
     all_measures = derived(survey)
     return {
-        name: _finite(values[written if name == "sigma_in" else ok])
+        name: _finite(values[written if name in ("sigma_in", "sigma_out") else ok])
         for name, values in all_measures.items()
     }
 
