@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from denoise_core.errors import UsageError
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle
@@ -69,3 +70,10 @@ def refuse_unpaired(noisy: dict[str, Entry], clean: dict[str, Entry]) -> None:
             f"{len(alone)} file(s) without a partner: {', '.join(alone[:NAMED])}{rest}. Add the "
             "partners, or change the names that are looked for."
         )
+
+
+def spread(items: Sequence[Any], most: int | None) -> list[Any]:
+    """Return at most `most` of the items, evenly spread."""
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[place * len(items) // most] for place in range(most)]

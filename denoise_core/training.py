@@ -32,8 +32,10 @@ from denoise_core.self_supervised import REGULARIZER, blind_spots_loss, neighbou
 from denoise_core.space import with_arguments
 from denoise_core.storage import StorageOptions, absolute, join, storage_for
 from denoise_core.training_data import (
+    Picture,
     Sampler,
     TrainingData,
+    measured,
     parse_augment,
     prefetch,
     stages_of,
@@ -174,6 +176,15 @@ def steps_of_epoch(preset: Preset, data: TrainingData) -> int:
         return max(1, -(-len(data.training) // stage.batch))
     pixels = sum(p.sides[0] * p.sides[1] for p in data.training) or len(data.training) * 10**6
     return max(1, round(pixels / (stage.crop**2 * stage.batch)))
+
+
+def held_out(preset: Preset, data: TrainingData) -> list[Picture]:
+    """Return the held-out images that a validation measures."""
+    return measured(data.validation, side=_validation_side(preset))
+
+
+def _validation_side(preset: Preset) -> int:
+    return min(VALIDATION_SIDE, *(preset.sample or (VALIDATION_SIDE,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,10 +378,10 @@ class Trainer:
             self._start_from(initial)
         stride = int(architecture(preset.architecture).total_stride(**preset.arguments))
         self.held_out = validation_pairs(
-            data.validation,
+            held_out(preset, data),
             self.sampler,
             noise=parse_noise(preset.validation_noise or preset.noise),
-            side=min(VALIDATION_SIDE, *(preset.sample or (VALIDATION_SIDE,))),
+            side=_validation_side(preset),
             stride=stride,
         )
         self.ema = self.model.get_weights()

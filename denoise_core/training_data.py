@@ -7,12 +7,14 @@
 A batch is a function of (seed, step, place in the batch) alone. So a resumed run continues where it
 was, and the global batch is the same however many workers share it. Images are read when they are
 first drawn and kept while memory lasts; a collection that is too large for that is drawn from a
-window that moves through its shuffled list, so that every image is read about once in a pass.
+window that moves through its shuffled list and fits into that memory, so that every image is read
+about once in a pass.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import threading
 from collections import OrderedDict
@@ -30,7 +32,7 @@ from denoise_core.idx import is_idx, read_idx
 from denoise_core.images import data_range, decode, read_header
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.noise import Noise, parse_noise
-from denoise_core.pairs import matched, no_images, refuse_unpaired
+from denoise_core.pairs import matched, no_images, refuse_unpaired, spread
 from denoise_core.presets import Preset
 from denoise_core.self_supervised import blind_spots, draw_neighbours, pick
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
@@ -46,9 +48,13 @@ LARGE_SIDE = 1000
 # Up to so many files are opened before the start, for their sizes; of more, so many are looked at.
 MOST_HEADERS, SOME_HEADERS = 20_000, 200
 CACHE_BYTES = 2 << 30
-# Of a collection larger than the cache: images in the moving window, and crops of each.
+# Of a collection larger than the cache: most images in the moving window, and crops of each.
 WINDOW_IMAGES = 256
 CROPS_OF_EACH = 64
+# The window's share of the cache, which also holds what has just left it, and windows of larger
+# images than most. Simulated: 1.02 reads of each photograph for 64 crops where a cache holds 28 of
+# them at two scales; 4.6 for a window as large as the cache.
+WINDOW_SHARE = 2 / 3
 # Held-out crops stay in memory: 300 MB of colour at the most, noisy and clean.
 VALIDATION_IMAGES, VALIDATION_PIXELS = 1000, 13_000_000
 HEADERS_AT_ONCE = 16
@@ -62,7 +68,9 @@ class Picture:
     """One image to draw from, not yet read. `clean_uri` is a noisy image's partner.
 
     `member` is the place in an IDX file; `scale` reduces the image. Sides are those of the file in
-    pixels, 0 where it was not opened. `path` is the one below DATA.
+    pixels, 0 where it was not opened. `path` is the one below DATA. `plane_bytes` is what one
+    channel takes decoded, at scale 1 and with that of a partner; of a file that was not opened
+    about so much, 0 where nothing is known.
     """
 
     uri: str
@@ -73,6 +81,7 @@ class Picture:
     scale: float = 1.0
     clean_uri: str | None = None
     path: str = ""
+    plane_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -118,10 +127,11 @@ class TrainingData:
         every = [*data.training, *data.validation]
         closed = [picture for picture in every if not picture.height]
         some = closed[:: len(closed) // SOME_HEADERS + 1]
-        for picture in (*every, *_opened(some, StorageOptions(s3_endpoint=config.s3_endpoint))):
+        opened = _opened(some, StorageOptions(s3_endpoint=config.s3_endpoint))
+        for picture in (*every, *opened):
             if picture.height:
                 wanted.check(picture.name, *picture.sides, picture.channels)
-        return data
+        return replace(data, training=_with_mean_bytes(data.training, opened))
 
     @property
     def files(self) -> int:
@@ -230,9 +240,15 @@ def _pictures(entry: Entry, options: StorageOptions) -> list[Picture]:
     array = _idx_array(entry.uri, options)
     count, height, width = array.shape[:3]
     channels = array.shape[3] if array.ndim == 4 else 1
-    return [
-        Picture(entry.uri, height, width, channels, member=i, path=entry.path) for i in range(count)
-    ]
+    known = Picture(
+        entry.uri,
+        height,
+        width,
+        channels,
+        path=entry.path,
+        plane_bytes=height * width * array.dtype.itemsize,
+    )
+    return [replace(known, member=i) for i in range(count)]
 
 
 def _opened(pictures: Sequence[Picture], options: StorageOptions) -> list[Picture]:
@@ -246,7 +262,23 @@ def _with_sides(picture: Picture, options: StorageOptions) -> Picture:
             header = read_header(file, name=picture.uri)
     except DenoiseError as error:
         raise UsageError(f"{picture.uri}: {error}") from error
-    return replace(picture, height=header.height, width=header.width, channels=header.channels)
+    # A partner's header is not opened for this: its depth is taken to be that of the noisy image.
+    each = np.dtype(header.dtype).itemsize * (1 if picture.clean_uri is None else 2)
+    return replace(
+        picture,
+        height=header.height,
+        width=header.width,
+        channels=header.channels,
+        plane_bytes=header.height * header.width * each,
+    )
+
+
+def _with_mean_bytes(pictures: list[Picture], opened: Sequence[Picture]) -> list[Picture]:
+    """Give the pictures that were not opened the mean size of those that were."""
+    if not opened:
+        return pictures
+    mean = round(np.mean([picture.plane_bytes for picture in opened]))
+    return [p if p.height else replace(p, plane_bytes=mean) for p in pictures]
 
 
 def _split(
@@ -352,7 +384,7 @@ class Library:
         if picture in self.kept:
             self.kept.move_to_end(picture)
             return self.kept[picture]
-        arrays = self._read(picture)
+        arrays = self.read(picture)
         self.kept[picture], self.ranges[picture] = arrays, {}
         self.bytes += _size(arrays)
         while self.bytes > self.capacity and len(self.kept) > 1:
@@ -361,7 +393,8 @@ class Library:
             self.bytes -= _size(gone)
         return arrays
 
-    def _read(self, picture: Picture) -> tuple[Array, Array | None]:
+    def read(self, picture: Picture) -> tuple[Array, Array | None]:
+        """Return what `get` does, and keep nothing."""
         image = self._load(picture.uri, picture.member)
         if picture.scale != 1.0:
             image = _reduce(image, picture.scale)
@@ -491,17 +524,24 @@ class Sampler:
     grey: float = 0.0
     augment: tuple[str, ...] = ("flip", "rotate90")
     _shares: Array = field(init=False)
-    _windowed: bool = field(init=False)
+    _window: int = field(init=False)
     _order: tuple[int, Array] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # Square roots: a 2K photo weighs more than a small one, but not forty times more.
         sides = np.sqrt([max(1, p.sides[0] * p.sides[1]) for p in self.pictures])
         self._shares = np.cumsum(sides[:-1]) / sides.sum()
-        # Too much to keep, or of unknown size: draw from a moving window.
-        pixels = float(np.sum(sides**2)) * self.library.channels
-        unknown = not self.pictures[0].height
-        self._windowed = unknown or pixels > self.library.capacity
+        self._window = self._images_of_window()
+
+    def _images_of_window(self) -> int:
+        """Return the images in the moving window, by the data alone; 0 where all can be kept."""
+        planes = [p.plane_bytes * p.scale**2 for p in self.pictures]
+        mean = float(np.mean(planes)) * self.library.channels
+        if self.pictures[0].height and mean * len(planes) <= self.library.capacity:
+            return 0
+        most = min(WINDOW_IMAGES, len(self.pictures))
+        fits = int(WINDOW_SHARE * self.library.capacity / mean) if mean else most
+        return max(1, min(most, fits))
 
     @classmethod
     def make(cls, pictures: list[Picture], config: TrainConfig, preset: Preset) -> Sampler:
@@ -551,9 +591,8 @@ class Sampler:
 
     def _picture(self, rng: np.random.Generator, *, number: int) -> Picture:
         count = len(self.pictures)
-        if self._windowed:
-            begin = number // CROPS_OF_EACH
-            at = begin + int(rng.integers(min(WINDOW_IMAGES, count)))
+        if self._window:
+            at = number // CROPS_OF_EACH + int(rng.integers(self._window))
             return self.pictures[int(self._permutation(at // count)[at % count])]
         if self.order == "epochs":
             return self.pictures[int(self._permutation(number // count)[number % count])]
@@ -641,26 +680,33 @@ class Affine:
         return np.stack(planes, axis=2).astype(np.float32)
 
 
+def measured(pictures: Sequence[Picture], *, side: int) -> list[Picture]:
+    """Return the held-out images whose crops of at most `side` px are measured.
+
+    All, or of more an even spread: at most VALIDATION_IMAGES with about VALIDATION_PIXELS.
+    """
+    # Of a file that was not opened: a whole crop.
+    crops = [math.prod(min(side, length or side) for length in p.sides) for p in pictures]
+    most = int(VALIDATION_PIXELS * len(crops) / sum(crops))
+    return spread(pictures, max(1, min(VALIDATION_IMAGES, most)))
+
+
 def validation_pairs(
     pictures: Sequence[Picture], sampler: Sampler, *, noise: Noise, side: int, stride: int
 ) -> list[tuple[Array, Array]]:
-    """Return (noisy, clean) float32 centre crops (h, w, C), always the same.
+    """Return (noisy, clean) float32 centre crops (h, w, C) of each, always the same.
 
-    Sides are at most `side` and multiples of `stride`; the pairs hold about VALIDATION_PIXELS at
-    most. For the self-supervised modes the pairs are what these train on; there is nothing clean to
-    compare with.
+    Sides are at most `side` and multiples of `stride`. For the self-supervised modes the pairs are
+    what these train on; there is nothing clean to compare with.
     """
     pairs: list[tuple[Array, Array]] = []
-    pixels = 0
-    for index, picture in enumerate(pictures[:VALIDATION_IMAGES]):
-        if pixels >= VALIDATION_PIXELS:
-            break
+    for index, picture in enumerate(pictures):
         rng = np.random.default_rng((0, index))
-        image, partner = sampler.library.get(picture)
+        # Not kept: only the crop is looked at again.
+        image, partner = sampler.library.read(picture)
         unit = 2 * stride if sampler.mode == "neighbor2neighbor" else stride
         height, width = (min(side, length) // unit * unit for length in image.shape[:2])
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-        pixels += height * width
         place = slice(top, top + height), slice(left, left + width)
         values = to_unit(image[place], image)
         if sampler.mode == "pairs" and partner is not None:

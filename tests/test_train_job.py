@@ -27,6 +27,7 @@ from PIL import Image
 from rich.console import Console
 from tiny_training import TINY, kill_all, start_tiny
 
+from denoise_core import training_data
 from denoise_core.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig
 from denoise_core.errors import (
@@ -360,7 +361,7 @@ def test_the_bar_keeps_the_last_validation_and_fits_into_80_columns(monkeypatch)
         assert console.file.getvalue().rstrip().endswith(shown)
 
 
-def test_what_is_held_out_is_said_in_one_sentence(data, tmp_path):
+def test_what_is_held_out_is_said_in_one_sentence(data, tmp_path, monkeypatch):
     from denoise_core.pipelines.train import split_note
 
     def note(**settings):
@@ -375,6 +376,11 @@ def test_what_is_held_out_is_said_in_one_sentence(data, tmp_path):
     for name in "ab":
         for kind in ("n", "c"):
             shutil.copy(held, tmp_path / f"{name}_{kind}.png")
+    monkeypatch.setattr(training_data, "VALIDATION_IMAGES", 2)
+    half = note(data=(str(data),), validation=0.5)
+    assert half.endswith(
+        "3 of them held out for validation; 2 of these, evenly spread, are measured."
+    )
     pairs = {"noisy": "*_n.png", "clean": "*_c.png"}
     assert note(data=(str(tmp_path),), **pairs).startswith("2 pairs, 1 of them held out")
 

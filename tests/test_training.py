@@ -45,6 +45,7 @@ from denoise_core.training_data import (
     Picture,
     Sampler,
     TrainingData,
+    measured,
     parse_augment,
     prefetch,
     validation_pairs,
@@ -440,12 +441,24 @@ def test_twelve_bits_in_sixteen_are_trained_on_as_all_of_the_range(tmp_path):
     np.testing.assert_allclose(values, pixels / 4095, rtol=3e-4)
 
 
-def test_held_out_crops_stay_within_a_bound(folder, data, monkeypatch):
-    monkeypatch.setattr(training_data, "VALIDATION_PIXELS", 32 * 32 + 1)
-    pairs = validation_pairs(
-        data.validation * 3, sampler_once(folder), noise=parse_noise("clean"), side=32, stride=16
-    )
-    assert len(pairs) == 2
+@pytest.mark.parametrize("headers", [0, 100])
+def test_of_many_held_out_images_an_even_spread_is_measured(folder, tmp_path, monkeypatch, headers):
+    monkeypatch.setattr(training_data, "MOST_HEADERS", headers)
+    other = write(tmp_path / "other.png", picture())
+    held = index(other, validation_data=(str(folder),)).validation
+    assert measured(held, side=32) == held
+    monkeypatch.setattr(training_data, "VALIDATION_PIXELS", 4 * 32 * 32 - 1)
+    assert [p.path for p in measured(held, side=32)] == ["0.png", "2.png", "4.png"]
+    monkeypatch.setattr(training_data, "VALIDATION_IMAGES", 2)
+    assert [p.path for p in measured(held, side=32)] == ["0.png", "3.png"]
+    monkeypatch.setattr(training_data, "VALIDATION_PIXELS", 1)
+    assert len(measured(held, side=32)) == 1
+
+
+def test_a_trainer_keeps_no_image_that_it_cut_validation_crops_of(data):
+    trainer = Trainer(config(), TINY, data)
+    assert len(trainer.held_out) == 1
+    assert trainer.sampler.library.bytes == 0
 
 
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 10**6), place=st.integers(0, 1000))
@@ -508,12 +521,53 @@ def test_a_large_collection_is_read_about_once_a_pass(tmp_path, monkeypatch):
     small = Library(StorageOptions(), channels=3, capacity=6 * picture().nbytes)
     draws = Sampler(draws.pictures, small, draws.noise, 0)
     reads = []
-    read = small._read
-    monkeypatch.setattr(small, "_read", lambda p: reads.append(p) or read(p))
+    read = small.read
+    monkeypatch.setattr(small, "read", lambda p: reads.append(p) or read(p))
     for step in range(24 * 4):
         draws.sample(step=step, place=0, crop=16)
     assert len({p.uri for p in reads}) >= 20
     assert len(reads) <= 40
+
+
+@pytest.mark.parametrize("headers", [0, 100])
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "pairs"])
+def test_a_window_is_no_larger_than_the_memory(tmp_path, monkeypatch, kind, headers):
+    """A window of more images than are kept reads one for most crops."""
+    monkeypatch.setattr(training_data, "MOST_HEADERS", headers)
+    monkeypatch.setattr(training_data, "CROPS_OF_EACH", 16)
+    for number in range(40):
+        values = picture(seed=number)
+        if kind == "16 bits":
+            np.save(tmp_path / f"{number}.npy", values.astype(np.uint16) * 257)
+            continue
+        write(tmp_path / f"{number}_n.png", values)
+        if kind == "pairs":
+            write(tmp_path / f"{number}_c.png", values)
+    settings = {"noisy": "*_n.png", "clean": "*_c.png"} if kind == "pairs" else {}
+    made = sampler(tmp_path, **settings)
+    size = 9 * picture().nbytes * (1 if kind == "8 bits" else 2)
+
+    def draws(steps, places):
+        library = Library(StorageOptions(), channels=3, capacity=size)
+        reads, read = [], library.read
+        monkeypatch.setattr(library, "read", lambda p: reads.append(p) or read(p))
+        mine = Sampler(made.pictures, library, made.noise, 0, mode=made.mode)
+        drawn = [mine.batch(step=s, crop=16, places=places, size=4) for s in steps]
+        return drawn, reads
+
+    count = len(made.pictures)
+    whole, reads = draws(range(count * 16 // 4), range(4))
+    assert len({p.uri for p in reads}) >= 0.9 * count
+    assert len(reads) <= 1.25 * count
+    # A resumed run and each of two workers see what one does, whatever they keep.
+    later, _ = draws(range(100, 110), range(4))
+    halves = [draws(range(100, 110), places)[0] for places in (range(2), range(2, 4))]
+    for at in range(10):
+        for expected, got, one, two in zip(
+            whole[100 + at], later[at], halves[0][at], halves[1][at], strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+            np.testing.assert_array_equal(np.concatenate([one, two]), expected)
 
 
 def test_crops_come_from_the_image_in_all_eight_orientations(tmp_path):

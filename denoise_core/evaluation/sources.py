@@ -13,7 +13,7 @@ import posixpath
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, BinaryIO, cast
@@ -31,7 +31,7 @@ from denoise_core.evaluation.protocol import Scale
 from denoise_core.idx import is_idx, labels_name, read_idx
 from denoise_core.images import MAX_PIXELS, data_range, decode, picture_of
 from denoise_core.images.codecs import SUFFIXES
-from denoise_core.pairs import matched, no_images, refuse_unpaired
+from denoise_core.pairs import matched, no_images, refuse_unpaired, spread
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
 
 Array = npt.NDArray[Any]
@@ -114,13 +114,6 @@ def _with_own_names(shots: list[Shot]) -> list[Shot]:
         else replace(shot, name=shot.uri if shot.index is None else f"{shot.uri}#{shot.index}")
         for shot in shots
     ]
-
-
-def spread(items: Sequence[Any], most: int | None) -> list[Any]:
-    """Return at most `most` of the items, evenly spread."""
-    if most is None or len(items) <= most:
-        return list(items)
-    return [items[place * len(items) // most] for place in range(most)]
 
 
 def _listed(config: EvaluateConfig, options: StorageOptions) -> Iterator[Entry]:

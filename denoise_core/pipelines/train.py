@@ -43,7 +43,7 @@ from denoise_core.pipelines.tensorflow_trainer import Config, TensorflowTrainer
 from denoise_core.presets import Preset, Stage
 from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.storage.arrow import arrow_s3
-from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer
+from denoise_core.training import HISTORY, SETTINGS, Plan, Source, Trainer, held_out
 from denoise_core.training_data import TrainingData
 
 HISTORY_COLUMNS = ("step", "pixels", "seconds", "loss", "val_loss", "psnr", "rate")
@@ -95,10 +95,12 @@ def split_note(plan: Plan) -> str:
     """Return what is trained on and what is held out, in numbers."""
     config, data = plan.config, plan.data
     held, kind = len(data.validation), "pairs" if config.mode == "pairs" else "images"
+    looked_at = len(held_out(plan.preset, data))
+    fewer = f"; {looked_at} of these, evenly spread, are measured" if looked_at < held else ""
     if config.validation_data:
         named = ", ".join(config.validation_data)
-        return f"{data.files} {kind} to train on; validation by {held} of {named}."
-    return f"{data.files + held} {kind}, {held} of them held out for validation."
+        return f"{data.files} {kind} to train on; validation by {held} of {named}{fewer}."
+    return f"{data.files + held} {kind}, {held} of them held out for validation{fewer}."
 
 
 def with_gpus(config: TrainConfig, there: dict[str, float]) -> TrainConfig:
@@ -517,7 +519,7 @@ class Reporter:
             "training": {
                 "data": [Path(folder).name for folder in config.data],
                 "images": self.data.files,
-                "validation_images": len(self.data.validation),
+                "validation_images": len(self.trainer.held_out),
                 "loss": preset.loss,
                 "grey_share": preset.grey if config.grey is None else config.grey,
                 "steps": row["step"],
