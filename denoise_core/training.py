@@ -21,7 +21,7 @@ import numpy as np
 
 from denoise_core.checkpoints import absolute_name, load_checkpoint
 from denoise_core.config import TrainConfig, as_dict
-from denoise_core.devices import import_tensorflow
+from denoise_core.devices import has_gpu, import_tensorflow
 from denoise_core.errors import CheckpointError, RunFailed, UsageError
 from denoise_core.export import check_export
 from denoise_core.models import architecture, build_model, input_size
@@ -327,6 +327,15 @@ def loss_function(name: str) -> Callable[[Any, Any], Any]:
     }[name]
 
 
+def communication(gpus: float | None, *, seen: bool) -> str:
+    """Return how workers of so many GPUs each sum gradients, as TensorFlow names it.
+
+    Left to itself TensorFlow takes the ring through the hosts' memory. NCCL needs a GPU for each
+    worker alone, and one that TensorFlow has `seen`.
+    """
+    return "NCCL" if seen and gpus == 1 else "RING"
+
+
 def psnr_of(output: Array, clean: Array) -> float:
     """PSNR in dB of values in [0, 1], the output clipped and rounded to 8 bits."""
     rounded = np.round(np.clip(output, 0.0, 1.0) * 255.0) / 255.0
@@ -365,7 +374,11 @@ class Trainer:
         self.sampler = Sampler.make(data.training, config, preset)
         self.source = source or self._in_thread
         self.strategy = (
-            tf.distribute.MultiWorkerMirroredStrategy()
+            tf.distribute.MultiWorkerMirroredStrategy(
+                communication_options=tf.distribute.experimental.CommunicationOptions(
+                    implementation=communication(config.gpus_per_worker, seen=has_gpu(tf))
+                )
+            )
             if config.workers > 1
             else tf.distribute.get_strategy()
         )
@@ -428,19 +441,16 @@ class Trainer:
         @tf.function(jit_compile=self._compiled(tf))
         def gradients(noisy: Any, clean: Any, squared: Any, fraction: Any) -> Any:
             with tf.GradientTape() as tape:
-                # Divided by the global batch: the optimizer sums over the replicas.
+                # Divided by the global batch: `summed` adds up the replicas.
                 loss = loss_of(noisy, clean, squared, fraction) / replicas
             return loss, tape.gradient(loss, model.trainable_variables)
 
-        def bounded(grads: Any) -> Any:
-            """Bound the norm of the sum over all replicas, the same whatever their number."""
-            if not bound:
-                return grads
-            if replicas == 1:
-                return tf.clip_by_global_norm(grads, bound)[0]
-            context = tf.distribute.get_replica_context()
-            whole = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
-            return [g / replicas for g in tf.clip_by_global_norm(whole, bound)[0]]
+        def summed(grads: Any) -> Any:
+            """Sum over all replicas and bound the sum's norm, the same whatever their number."""
+            if replicas > 1:
+                context = tf.distribute.get_replica_context()
+                grads = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+            return tf.clip_by_global_norm(grads, bound)[0] if bound else grads
 
         def even_out() -> None:
             """Average the statistics of batch normalisations; Keras leaves each replica its own."""
@@ -458,12 +468,14 @@ class Trainer:
         def step(noisy: Any, clean: Any, rate: Any, squared: Any, fraction: Any) -> Any:
             def replica() -> Any:
                 loss, grads = gradients(noisy, clean, squared, fraction)
-                optimizer.apply(bounded(grads), model.trainable_variables)
                 even_out()
-                return loss
+                return loss, summed(grads)
 
+            loss, grads = strategy.run(replica)
             optimizer.learning_rate.assign(rate)
-            return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica), axis=None)
+            # Out here Keras does not sum over the replicas once more.
+            optimizer.apply(grads, model.trainable_variables)
+            return strategy.reduce(tf.distribute.ReduceOp.SUM, loss, axis=None)
 
         return step
 

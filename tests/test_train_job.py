@@ -542,7 +542,7 @@ def train_every_plan(arguments: dict[str, Any]) -> None:
     configure_tensorflow(threads=1, use_gpu=False)
     # A process joins the others once.
     strategy = functools.cache(tf.distribute.MultiWorkerMirroredStrategy)
-    tf.distribute.MultiWorkerMirroredStrategy = strategy
+    tf.distribute.MultiWorkerMirroredStrategy = lambda **_: strategy()
     rank = ray.train.get_context().get_world_rank()
     for plan in ray.get(arguments["data"]):
         trainer = Trainer(plan.config, plan.preset, plan.data, rank=rank)

@@ -18,7 +18,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from two_ranks import train_together
+from two_ranks import CLIP_NORM, STEPS, train_together
 
 from denoise_core import curves, training_data
 from denoise_core.checkpoints import save_checkpoint
@@ -30,6 +30,7 @@ from denoise_core.storage import StorageOptions
 from denoise_core.training import (
     Progress,
     Trainer,
+    communication,
     learning_rate,
     loss_function,
     note_validation,
@@ -1125,10 +1126,22 @@ def test_two_ranks_decide_alike_and_keep_one_model(tmp_path):
     assert first["best"] == second["best"]
     # The third step is a checkpoint between validations.
     assert first["steps"] == second["steps"] == [3, 4, 6]
+    # The norm of the gradients' sum is bounded, and nothing sums them once more.
+    expected = CLIP_NORM**2 * (1 - 0.999**STEPS)
+    assert [rank["squares"] for rank in (first, second)] == pytest.approx([expected] * 2, rel=1e-3)
     # Statistics of the batch normalisations, of which each rank saw other crops.
     assert min(first["moved"]) > 0
     for mine, its in zip(first["weights"], second["weights"], strict=True):
         np.testing.assert_array_equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seen", "way"),
+    [(1.0, True, "NCCL"), (1.0, False, "RING"), (0.5, True, "RING"), (0.0, True, "RING")],
+)
+def test_gradients_go_by_nccl_where_every_worker_has_a_gpu_of_its_own(gpus, seen, way):
+    assert communication(gpus, seen=seen) == way
+    assert communication(None, seen=seen) == "RING"
 
 
 @pytest.mark.parametrize("mode", ["neighbor2neighbor", "noise2void"])

@@ -11,11 +11,14 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 SCRIPT = Path(__file__)
 STEPS, VALIDATE, CHECKPOINT = 6, 4, 3
+# Below any gradient's norm here, so that all are cut to it.
+CLIP_NORM = 1e-4
 
 
 def train_together(folder: Path) -> list[dict[str, Any]]:
@@ -55,6 +58,7 @@ def main(rank: int, folder: Path) -> None:
     training.CHECKPOINT_STEPS = CHECKPOINT
     arguments = {"widths": (4, 6), "channels": 3, "norm": True}
     preset = classic("autoencoder", "", crop=16, batch=4, arguments=arguments, default_halo=4)
+    preset = replace(preset, clip_norm=CLIP_NORM)
     config = TrainConfig(
         data=(str(folder / "train"),),
         validation_data=(str(folder / f"held{rank}"),),
@@ -72,6 +76,10 @@ def main(rank: int, folder: Path) -> None:
         "own": trainer.measure()[0],
         "best": trainer.progress.best_loss,
         "weights": [weight.tolist() for weight in trainer.model.get_weights()],
+        # Adam's mean of squares: of all weights together, that of the gradients' norm.
+        "squares": sum(
+            float(v.numpy().sum()) for v in trainer.optimizer.variables if "velocity" in v.path
+        ),
         "moved": [float(abs(w.numpy()).max()) for w in trainer.model.non_trainable_weights],
     }
     print(json.dumps(seen))
