@@ -667,6 +667,7 @@ class Trainer:
         arrays = {f"w{i:04d}": w for i, w in enumerate(self.model.get_weights())}
         arrays |= {f"e{i:04d}": e for i, e in enumerate(self.ema)}
         arrays |= {f"o{i:04d}": v.numpy() for i, v in enumerate(self.optimizer.variables)}
+        arrays |= {f"s{i:04d}": v.numpy() for i, v in enumerate(_seeds(self.model))}
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "state.npz", **arrays)
         progress = {name: getattr(self.progress, name) for name in Progress.__slots__}
@@ -682,15 +683,18 @@ class Trainer:
             with np.load(folder / "state.npz", allow_pickle=False) as arrays:
                 parts = {
                     kind: [arrays[name] for name in sorted(arrays.files) if name[0] == kind]
-                    for kind in "weo"
+                    for kind in "weos"
                 }
-            state = [*self.model.weights, *self.model.weights, *self.optimizer.variables]
-            values = [*parts["w"], *parts["e"], *parts["o"]]
+            # Earlier versions kept no seeds; their runs draw the first masks again.
+            seeds = _seeds(self.model) if parts["s"] else []
+            others = [*self.optimizer.variables, *seeds]
+            state = [*self.model.weights, *self.model.weights, *others]
+            values = [*parts["w"], *parts["e"], *parts["o"], *parts["s"]]
             for variable, value in zip(state, values, strict=True):
                 if tuple(variable.shape) != value.shape:
                     raise ValueError(f"{value.shape} where {tuple(variable.shape)} is expected")
             self.model.set_weights(parts["w"])
-            for variable, value in zip(self.optimizer.variables, parts["o"], strict=True):
+            for variable, value in zip(others, [*parts["o"], *parts["s"]], strict=True):
                 variable.assign(value)
             self.ema, self.progress = parts["e"], progress
             if self.config.early_stop is None or progress.waited < self.config.early_stop:
@@ -747,6 +751,12 @@ def _optimizer(config: TrainConfig, preset: Preset) -> Any:
     return {"adam": keras.optimizers.Adam, "adadelta": keras.optimizers.Adadelta}[preset.optimizer](
         0.0
     )
+
+
+def _seeds(model: Any) -> list[Any]:
+    """Return the states of a model's random numbers, such as a dropout's, which are no weights."""
+    weights = {id(weight) for weight in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _has_state(model: Any) -> bool:

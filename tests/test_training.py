@@ -917,6 +917,34 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(data, tmp_path
     assert later[-1][0]["psnr"] == pytest.approx(reports[-1][0]["psnr"], abs=0.01)
 
 
+def test_a_resumed_run_goes_on_with_the_dropout_of_one_never_stopped(tmp_path):
+    for seed in range(4):
+        write(tmp_path / f"{seed}.png", picture(8, 8, seed=seed)[..., 0])
+    arguments = {"size": (8, 8), "channels": 1, "widths": (4,), "latent": 8, "dropout": 0.5}
+    recipe = classic("dense", "", crop=8, batch=2, arguments=arguments, default_halo=0, xla=False)
+    settings = config(data=(str(tmp_path),), steps=12, validate_steps=6)
+    data = TrainingData.index(settings, recipe)
+    whole = Trainer(settings, recipe, data)
+    run(whole)
+    stop_at(6)(Trainer(settings, recipe, data), tmp_path / "state")
+    resumed, forgetful = Trainer(settings, recipe, data), Trainer(settings, recipe, data)
+    resumed.load_state(tmp_path / "state")
+    # As states were before they had the seeds.
+    with np.load(tmp_path / "state" / "state.npz") as arrays:
+        old = {name: arrays[name] for name in arrays.files if name[0] != "s"}
+        assert len(old) < len(arrays.files)
+    np.savez(tmp_path / "state" / "state.npz", **old)
+    forgetful.load_state(tmp_path / "state")
+    for trainer in (resumed, forgetful):
+        run(trainer)
+
+    def distance(trainer):
+        pairs = zip(trainer.model.get_weights(), whole.model.get_weights(), strict=True)
+        return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+    assert distance(resumed) < 1e-5 < 1e-4 < distance(forgetful)
+
+
 def test_what_is_kept_has_the_steps_since_the_average_was_last_updated(data):
     trainer = Trainer(config(steps=11, validate_steps=5), TINY, data)
     first = trainer.model.get_weights()
