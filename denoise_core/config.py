@@ -382,10 +382,14 @@ class TrainConfig:
         None, "End after so many validations without a better loss.", metavar="N"
     )
     seed: int = setting(0, "Seed of initial weights, crops and noise.", metavar="N")
-    validate_minutes: float = setting(10.0, "Minutes between two validations.", metavar="M")
+    validate_minutes: float | None = setting(
+        None,
+        "Minutes between two validations, of one worker; default: 10, with epochs one epoch.",
+        metavar="M",
+    )
     validate_steps: int | None = setting(
         None,
-        "Steps between two validations, instead of minutes; default with epochs: one epoch.",
+        "Steps between two validations, instead of minutes; several workers: 500, or one epoch.",
         metavar="N",
     )
     checkpoint_minutes: float = setting(
@@ -455,7 +459,27 @@ class TrainConfig:
         require(
             self.grey is None or 0 <= self.grey <= 1, f"--grey {self.grey}: expected 0.0 to 1.0."
         )
+        require(
+            self.mode == "clean" or not self.grey,
+            f"--grey {self.grey} is for clean images that get noise; with {self.mode} they are "
+            "taken as they are: leave it out.",
+        )
+        if self.self_supervised is not None:
+            self._check_self_supervised()
         require(0 < self.validation < 1, f"--validation {self.validation}: expected 0 to 1.")
+
+    def _check_self_supervised(self) -> None:
+        require(
+            self.loss in (None, "mse"),
+            f"--loss {self.loss}: --self-supervised learns from noisy targets, of which only the "
+            "squared error tends to the clean image; leave --loss out.",
+        )
+        # A lag-1 correlation of 0.25 in what was white noise.
+        require(
+            "affine" not in (self.augment or ""),
+            f"--augment {self.augment}: affine interpolates, which makes neighbours' noise alike, "
+            "and --self-supervised takes it to be independent; leave affine out.",
+        )
 
     def _check_length(self) -> None:
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name) is not None]
@@ -467,7 +491,15 @@ class TrainConfig:
         for name in ("hours", "epochs"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"--{name}: expected a number above 0.")
+        require(
+            self.validate_minutes is None or self.validate_steps is None,
+            "Give the time between validations by one of --validate-minutes and --validate-steps.",
+        )
         # Clocks differ between workers; steps do not, and all must change stage and stop alike.
+        require(
+            self.workers <= 1 or self.validate_minutes is None,
+            "--workers above 1 validate by steps: give --validate-steps N, not --validate-minutes.",
+        )
         require(
             self.workers <= 1 or self.hours is None,
             "--workers above 1 needs the length of training in --steps or --epochs.",
@@ -487,8 +519,8 @@ class TrainConfig:
             "one GPU; for more give --workers.",
         )
         for name in ("validate_minutes", "checkpoint_minutes"):
-            flag = name.replace("_", "-")
-            require(getattr(self, name) > 0, f"--{flag}: expected a number above 0.")
+            value, flag = getattr(self, name), name.replace("_", "-")
+            require(value is None or value > 0, f"--{flag}: expected a number above 0.")
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: expected 0 to 1.")
         require(
             self.clip_norm is None or 0 <= self.clip_norm < math.inf,

@@ -52,6 +52,8 @@ EMA_EVERY = 8
 SHOWN = 4
 # Several workers save and validate by steps, which all count alike; their clocks differ.
 CHECKPOINT_STEPS = VALIDATE_STEPS = 500
+# One worker does by its clock, unless its length is in epochs.
+VALIDATE_MINUTES = 10.0
 # What Keras uses in its own binary cross-entropy.
 EPSILON = 1e-7
 # Zeiler's own rate (2012); Keras' default of 1e-3 hardly moves.
@@ -120,6 +122,15 @@ def adapt(config: TrainConfig, preset: Preset) -> Preset:
         # Only the squared error has the clean image as its minimum where the target is noisy.
         changes |= {"loss": "mse"} if config.self_supervised else {}
         changes |= {"grey": 0.0}
+    elif config.grey and preset.channels == 1:
+        raise UsageError(
+            f"--grey {config.grey}: images of --preset {config.preset} are grey already; leave it "
+            "out."
+        )
+    if config.self_supervised and config.augment is None:
+        # Interpolated noise is no longer independent from pixel to pixel.
+        words = [word for word in parse_augment(preset.augment) if word != "affine"]
+        changes["augment"] = ",".join(words) or "none"
     if config.noise:
         changes |= {"noise": " | ".join(config.noise), "validation_noise": None}
     if config.optimizer == "adadelta" and config.learning_rate is None:
@@ -161,12 +172,8 @@ def with_length(config: TrainConfig, preset: Preset, data: TrainingData) -> Trai
             "--epochs N."
         )
     each = steps_of_epoch(preset, data)
-    return replace(
-        config,
-        steps=max(1, round(epochs * each)),
-        validate_steps=config.validate_steps or each,
-        epochs=None,
-    )
+    every = config.validate_steps or (each if config.validate_minutes is None else None)
+    return replace(config, steps=max(1, round(epochs * each)), validate_steps=every, epochs=None)
 
 
 def steps_of_epoch(preset: Preset, data: TrainingData) -> int:
@@ -539,7 +546,7 @@ class Trainer:
     def _validation_due(self, seconds: float) -> bool:
         if self.config.validate_steps is not None or self.config.workers > 1:
             return self.progress.step % (self.config.validate_steps or VALIDATE_STEPS) == 0
-        return seconds >= self.config.validate_minutes * 60.0
+        return seconds >= (self.config.validate_minutes or VALIDATE_MINUTES) * 60.0
 
     def _checkpoint_due(self, seconds: float) -> bool:
         if self.config.workers == 1:

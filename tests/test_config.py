@@ -87,6 +87,11 @@ def test_what_denoise_cannot_use_is_refused_by_its_flag(settings):
         {"hours": math.nan, "steps": None},
         {"hours": math.inf, "steps": None},
         {"grey": 1.5},
+        {"grey": 0.5, "noisy": "n/*", "clean": "c/*"},
+        {"grey": 0.5, "self_supervised": "noise2void"},
+        {"loss": "l1", "self_supervised": "noise2void"},
+        {"augment": "flip, affine", "self_supervised": "neighbor2neighbor"},
+        {"validate_minutes": 5.0, "validate_steps": 5},
         {"validation": 0.0},
         {"validation": 1.0},
         {"workers": 0},
@@ -122,6 +127,12 @@ def test_several_workers_count_steps_and_not_hours():
     train(workers=2)
     with pytest.raises(UsageError, match="--workers above 1"):
         train(workers=2, steps=None, hours=1.0)
+    with pytest.raises(UsageError, match="--workers above 1 validate by steps"):
+        train(workers=2, validate_minutes=5.0)
+
+
+def test_what_agrees_with_noisy_images_alone_is_taken():
+    train(self_supervised="noise2void", loss="mse", augment="flip,scale", grey=0.0)
 
 
 def test_settings_are_frozen():

@@ -155,6 +155,33 @@ def test_the_best_model_is_there_with_its_card(resumed, data):
     assert json.loads((output / "train.json").read_text())["resume"] is True
 
 
+@pytest.mark.parametrize(
+    ("settings", "noise", "measured_on", "grey"),
+    [
+        ({}, "gaussian:0-55", "gaussian:0-55", 0.2),
+        ({"noise": ("gaussian:9",), "grey": 0.5}, "gaussian:9", "gaussian:9", 0.5),
+        ({"self_supervised": "noise2void"}, "noise2void", None, 0.0),
+        ({"noisy": "n/*", "clean": "c/*"}, "pairs", None, 0.0),
+    ],
+)
+def test_the_card_says_what_was_done(data, tmp_path, settings, noise, measured_on, grey):
+    from denoise_core.pipelines.train import Reporter
+
+    for name in "nc":
+        shutil.copytree(data, tmp_path / name)
+    source = tmp_path if "noisy" in settings else tmp_path / "c"
+    config = TrainConfig(data=(str(source),), output=str(tmp_path / "r"), steps=1, **settings)
+    plan = prepare(config, TINY)
+    trainer = Trainer(plan.config, plan.preset, plan.data)
+    reporter = Reporter(trainer, plan.data, precision="float32", mail=None)
+    card = reporter._card({"psnr": 30.0, "val_loss": 0.1, "step": 1, "pixels": 1, "seconds": 1.0})
+    assert card["noise"] == noise
+    assert card["figures"]["validation_noise"] == measured_on
+    assert card["training"]["grey_share"] == grey
+    assert card["training"]["loss"] == ("mse" if noise == "noise2void" else "l1")
+    assert card["training"]["validation_images"] == 1
+
+
 def test_a_second_training_in_one_place_is_refused(data, tmp_path):
     (tmp_path / "history.csv").touch()
     code, out, err = finish(data, "--output", tmp_path, "--preset", "tiny", "--steps", 10)
@@ -691,6 +718,7 @@ def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_pat
         ({"--noisy": "*_real.png"}, "--noisy and --clean belong together"),
         ({"--noisy": "*a.png", "--clean": "*_c.png"}, "no image in DATA has such a path"),
         ({"--augment": "flop"}, "'flop': expected some of none, flip"),
+        ({"--self-supervised": "noise2void", "--loss": "l1"}, "--loss l1: --self-supervised"),
         ({"--crop": "100"}, "0.png: crops of 100 px do not fit into 64x48 px"),
     ],
     ids=str,

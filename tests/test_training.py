@@ -817,6 +817,32 @@ def test_settings_go_before_the_recipe(folder):
     )
 
 
+def test_self_supervised_training_interpolates_no_noise(tmp_path):
+    for number in range(2):
+        write(tmp_path / f"{number}.png", picture(28, 28, seed=number)[..., 0])
+    settings = {"data": (str(tmp_path),), "preset": "mnist-conv"}
+    assert prepare(config(**settings)).preset.augment == "affine"
+    noisy = prepare(config(**settings, self_supervised="noise2void"))
+    assert (noisy.preset.augment, noisy.preset.loss) == ("none", "mse")
+    draws = Sampler.make(noisy.data.training, noisy.config, noisy.preset)
+    assert draws.augment == ()
+    with pytest.raises(
+        UsageError, match=r"--grey 0\.5: images of --preset mnist-conv are grey alr"
+    ):
+        prepare(config(**settings, grey=0.5))
+
+
+def test_validations_come_by_the_minutes_that_are_stated(folder, data):
+    length = {"data": (str(folder),), "steps": None, "validate_steps": None, "epochs": 2}
+    assert prepare(config(**length), TINY).config.validate_steps == 18
+    timed = prepare(config(**length, validate_minutes=3.0), TINY).config
+    assert (timed.steps, timed.validate_steps) == (36, None)
+    for minutes, due in ((3.0, 180.0), (None, 600.0)):
+        trainer = Trainer(replace(timed, validate_minutes=minutes), TINY, data)
+        assert trainer._validation_due(due)
+        assert not trainer._validation_due(due - 1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -503,7 +503,7 @@ class Reporter:
     def _card(self, row: dict[str, Any]) -> dict[str, Any]:
         config, preset = self.trainer.config, self.trainer.preset
         module = architecture(preset.architecture)
-        psnr = row["psnr"]
+        psnr, added = row["psnr"], config.mode == "clean"
         return {
             "name": config.preset,
             "architecture": preset.architecture,
@@ -515,13 +515,13 @@ class Reporter:
             "default_halo": preset.default_halo,
             "exact_halo": module.exact_halo(**preset.arguments),
             "data_range": [0.0, 1.0],
-            "noise": preset.noise if config.mode == "clean" else config.mode,
+            "noise": preset.noise if added else config.mode,
             "training": {
                 "data": [Path(folder).name for folder in config.data],
                 "images": self.data.files,
                 "validation_images": len(self.trainer.held_out),
                 "loss": preset.loss,
-                "grey_share": preset.grey if config.grey is None else config.grey,
+                "grey_share": self.trainer.sampler.grey,
                 "steps": row["step"],
                 "pixels": row["pixels"],
                 "hours": round(row["seconds"] / 3600.0, 3),
@@ -532,7 +532,7 @@ class Reporter:
             },
             "figures": {
                 "validation_loss": float(f"{row['val_loss']:.6g}"),
-                "validation_noise": preset.validation_noise or preset.noise,
+                "validation_noise": (preset.validation_noise or preset.noise) if added else None,
                 "validation_psnr": None if math.isnan(psnr) else round(psnr, 3),
             },
         }
