@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from denoise_core.config import TuneConfig
+from denoise_core.devices import NO_GPU
 from denoise_core.trials import Trial, baseline_of, best_of, keys_of, ranked, text_of
 from jobs._cli import settings_command
 from jobs._ray import _silent_stderr, start_ray
@@ -43,7 +44,10 @@ def run(config: TuneConfig) -> int:
 
 
 def show(event: str, trial: Trial, trials: Sequence[Trial]) -> None:
-    """Print a line for a validation or an end."""
+    """Print a line for a validation, an end, or a GPU that is not seen."""
+    if event == "misses_gpu":
+        click.echo(NO_GPU)
+        return
     ended = sum(t.status in ("done", "stopped", "failed") for t in trials)
     # The last validation is followed by the end.
     if event == "validated" and 0.0 < trial.fraction < 1.0:

@@ -9,6 +9,7 @@ import math
 import re
 import time
 import tomllib
+from collections import Counter as Counts
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -424,23 +425,70 @@ class Counter:
         self.number = int((folder / "number").read_text())
 
 
+BOX, SMALL, BARE = {"CPU": 16.0}, {"CPU": 4.0, "GPU": 1.0}, {"memory": 8e9}
+
+
 @pytest.mark.parametrize(
-    ("gpus", "stated", "at_once", "each"),
+    ("hosts", "gpus", "concurrent", "at_once", "each"),
     [
-        (0.0, None, 4, {"cpu": 2, "gpu": 0.0}),
-        (2.0, None, 2, {"cpu": 4, "gpu": 1.0}),
-        (2.0, 0.5, 4, {"cpu": 2, "gpu": 0.5}),
-        (2.0, 0.0, 4, {"cpu": 2, "gpu": 0.0}),
+        ([{"CPU": 8.0}], None, "auto", 4, {"cpu": 2, "gpu": 0.0}),
+        ([{"CPU": 8.0, "GPU": 2.0}], None, "auto", 2, {"cpu": 4, "gpu": 1.0}),
+        ([{"CPU": 8.0, "GPU": 2.0}], 0.5, "auto", 4, {"cpu": 2, "gpu": 0.5}),
+        ([{"CPU": 8.0, "GPU": 2.0}], 0.6, "auto", 2, {"cpu": 4, "gpu": 0.6}),
+        ([{"CPU": 8.0, "GPU": 2.0}], 0.0, "auto", 4, {"cpu": 2, "gpu": 0.0}),
+        # What stands on other machines is not beside the GPU.
+        ([BOX, SMALL], None, "auto", 1, {"cpu": 4, "gpu": 1.0}),
+        ([SMALL, {"CPU": 16.0, "GPU": 1.0}], None, "9", 2, {"cpu": 4, "gpu": 1.0}),
+        ([BARE, {"CPU": 1.0, "GPU": 4.0}], None, "2", 2, {"cpu": 0.25, "gpu": 1.0}),
+        ([BARE, {"CPU": 2.0}, {"CPU": 16.0}], None, "1", 1, {"cpu": 16, "gpu": 0.0}),
+        # An autoscaler will start what is stated.
+        ([BARE], 1.0, "3", 3, {"cpu": 1.0, "gpu": 1.0}),
+        ([BARE], 1.0, "99", 20, {"cpu": 1.0, "gpu": 1.0}),
     ],
 )
-def test_trials_share_the_gpus_that_are_there(monkeypatch, gpus, stated, at_once, each):
-    from denoise_core.pipelines import tune
+def test_a_trial_asks_for_what_one_machine_has(hosts, gpus, concurrent, at_once, each):
+    assert chosen(hosts, gpus_per_trial=gpus, concurrent=concurrent) == (at_once, each)
 
-    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": gpus}}]
-    ray = SimpleNamespace(cluster_resources=lambda: nodes[0]["Resources"], nodes=lambda: nodes)
-    monkeypatch.setattr(tune, "ray", ray)
-    config = SimpleNamespace(gpus_per_trial=stated, concurrent="auto")
-    assert tune._resources(SimpleNamespace(config=config), trials=20) == (at_once, each)
+
+def chosen(hosts, **settings):
+    from denoise_core.pipelines.tune import choose_trials
+
+    cluster = Counts()
+    for host in hosts:
+        cluster.update(host)
+    config = TuneConfig(data=("in",), output="out", space="s.toml", steps=9, **settings)
+    return choose_trials(config, dict(cluster), hosts, trials=20)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "settings", "sentence"),
+    [
+        ([BARE], {}, "no workers yet, .* state --gpus-per-trial and --concurrent N"),
+        ([BARE], {"gpus_per_trial": 1.0}, "--gpus-per-trial and --concurrent N"),
+        ([BARE], {"concurrent": "2"}, "--gpus-per-trial and --concurrent N"),
+        ([BARE], {"gpus_per_trial": 0.0, "concurrent": "2"}, "--gpus-per-trial and --concurrent"),
+        ([BOX], {"gpus_per_trial": 0.5}, r"--gpus-per-trial 0\.5: the cluster has 0 GPU"),
+        ([{"GPU": 2.0}], {"gpus_per_trial": 0.0}, "--gpus-per-trial 0: the cluster has no CPU"),
+    ],
+)
+def test_trials_that_fit_nowhere_are_refused(hosts, settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        chosen(hosts, **settings)
+
+
+def test_a_gpu_that_tensorflow_does_not_see_is_told_once(tmp_path, capsys):
+    from denoise_core.devices import NO_GPU
+    from denoise_core.pipelines.tune import Board, Messenger, _heard_by
+    from jobs.tune import show
+
+    search = SimpleNamespace(trials=({}, {"loss": "l1"}), config=SimpleNamespace(resume=False))
+    missed = {"curve": [(0.5, 20.0)], "misses_gpu": True}
+    with _heard_by(Board(search, tmp_path, show)):
+        Messenger().on_trial_result(0, [], Tuned(0), {**missed, "misses_gpu": False})
+        assert NO_GPU not in capsys.readouterr().out
+        for number in (0, 1, 0):
+            Messenger().on_trial_result(0, [], Tuned(number), missed)
+    assert capsys.readouterr().out.count(NO_GPU) == 1
 
 
 def test_the_last_whole_state_of_a_trial_is_taken_up(tmp_path):

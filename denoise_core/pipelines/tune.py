@@ -31,7 +31,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from denoise_core.config import TuneConfig, as_dict
-from denoise_core.devices import choose_precision, configure_tensorflow
+from denoise_core.devices import choose_precision, configure_tensorflow, has_gpu
 from denoise_core.errors import DenoiseError, RunFailed, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture
@@ -152,7 +152,8 @@ def _identity(search: Search) -> dict[str, Any]:
 def run_search(search: Search, *, show: Show) -> list[Trial]:
     """Run the trials that are left; write the table, the plot and the best settings.
 
-    `show(event, trial, trials)` hears of every validation ('validated') and of every end ('ended').
+    `show(event, trial, trials)` hears of every validation ('validated') and of every end ('ended'),
+    and once of a trial whose GPU TensorFlow does not see ('misses_gpu').
     Ray must be initialised. Raises OutputLocked where another search holds the output, RunFailed
     where no trial came to its end.
     """
@@ -174,7 +175,7 @@ class Board:
     """The rows of all trials, kept in the output, and who is told when they change."""
 
     def __init__(self, search: Search, output: Path, show: Show) -> None:
-        self.output, self.show = output, show
+        self.output, self.show, self.misses_gpu = output, show, False
         self.trials = [Trial(number, settings) for number, settings in enumerate(search.trials)]
         if search.config.resume and (output / ROWS).exists():
             rows = [trial_from(row) for row in json.loads((output / ROWS).read_text())]
@@ -191,6 +192,14 @@ class Board:
     def of(self, trial: Any) -> Trial:
         """Return the row of one of Ray Tune's trials."""
         return self.trials[int(trial.config["trial"])]
+
+    def validated(self, trial: Any, result: dict[str, Any]) -> None:
+        """Take in a validation."""
+        row = _row(self.of(trial), result)
+        if result.get("misses_gpu") and not self.misses_gpu:
+            self.misses_gpu = True
+            self.show("misses_gpu", row, self.trials)
+        self.change("validated", row)
 
     def change(self, event: str, row: Trial) -> None:
         """Take in a row, write all of them, pass the event on."""
@@ -253,7 +262,9 @@ def _tuner(search: Search, board: Board, output: Path) -> tune.Tuner:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Its newer printer shows a table of itself at every verbosity.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    at_once, resources = _resources(search, trials=len(board.left))
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cluster = ray.cluster_resources()
+    at_once, resources = choose_trials(search.config, cluster, hosts, trials=len(board.left))
     # None for a GPU, which TensorFlow's own number of them serves.
     threads = max(1, int(resources["cpu"])) if not resources.get("gpu") else None
     shutil.rmtree(output / "ray", ignore_errors=True)
@@ -283,23 +294,57 @@ def _folder_name(trial: Any) -> str:
     return f"trial-{trial.config['trial']}"
 
 
-def _resources(search: Search, *, trials: int) -> tuple[int, dict[str, float]]:
-    """Return the trials at one time and the CPUs and GPUs of each."""
-    config, cluster = search.config, ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
+def choose_trials(
+    config: TuneConfig,
+    cluster: dict[str, float],
+    hosts: Sequence[dict[str, float]],
+    *,
+    trials: int,
+) -> tuple[int, dict[str, float]]:
+    """Return the trials at one time and the CPUs and GPUs of each; of `trials` that are left.
+
+    `hosts` are Ray's resources of each machine. No trial asks for more than a machine has, or Ray
+    Tune would wait for ever. Raises UsageError for what no machine has, and where none has come
+    yet and the settings do not state it.
+    """
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    stated = None if config.concurrent == "auto" else int(config.concurrent)
     share = float(gpus >= 1.0) if config.gpus_per_trial is None else config.gpus_per_trial
-    if share > gpus:
-        raise UsageError(f"--gpus-per-trial {share:g}: the cluster has {gpus:g} GPU(s).")
-    if config.concurrent == "auto":
-        at_once = int(gpus / share) if share else int(cpus / 2)
-    else:
-        at_once = int(config.concurrent)
-    at_once = max(1, min(at_once, trials))
-    # No more than a whole node has, so that a trial finds a place.
-    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    each = min(cpus / at_once, largest)
-    # Whole numbers above one, as Ray wants them.
-    return at_once, {"cpu": math.floor(each) if each > 1 else each, "gpu": share}
+    if "CPU" not in cluster and not gpus:
+        return min(_trials_to_come(stated, share), trials), {"cpu": 1.0, "gpu": share}
+    if share:
+        most, each = _beside_gpus(hosts, share)
+        if not most:
+            raise UsageError(f"--gpus-per-trial {share:g}: the cluster has {gpus:g} GPU(s).")
+        return max(1, min(stated or most, most, trials)), {"cpu": _whole(each), "gpu": share}
+    if not cpus:
+        raise UsageError("--gpus-per-trial 0: the cluster has no CPU; leave the flag out.")
+    at_once = max(1, min(stated or int(cpus / 2), trials))
+    largest = max(host.get("CPU", 0.0) for host in hosts)
+    return at_once, {"cpu": _whole(min(cpus / at_once, largest)), "gpu": 0.0}
+
+
+def _trials_to_come(stated: int | None, share: float) -> int:
+    """Return the trials at one time on a cluster whose workers an autoscaler has yet to start."""
+    if stated is None or not share:
+        raise UsageError(
+            "the cluster has no workers yet, so the trials cannot be fitted to them: state "
+            "--gpus-per-trial and --concurrent N, or keep one worker running (minReplicas: 1)."
+        )
+    return stated
+
+
+def _beside_gpus(hosts: Sequence[dict[str, float]], share: float) -> tuple[int, float]:
+    """Return how many trials of that share of a GPU fit, and the CPUs that each finds beside it."""
+    # A trial's share is of one GPU: of two, three trials of 0.6 do not fit.
+    slots = [int(host.get("GPU", 0.0)) * int(1.0 / share) for host in hosts]
+    beside = [host.get("CPU", 0.0) / n for host, n in zip(hosts, slots, strict=True) if n]
+    return sum(slots), min(beside, default=0.0)
+
+
+def _whole(cpus: float) -> float:
+    """Return a whole number of what is above one, as Ray wants it."""
+    return math.floor(cpus) if cpus > 1 else cpus
 
 
 class Halving(ASHAScheduler):
@@ -347,7 +392,7 @@ class Messenger(tune.Callback):
     ) -> None:
         """Take in a validation; the trial itself does not know it yet."""
         if self.board is not None:
-            self.board.change("validated", _row(self.board.of(trial), result))
+            self.board.validated(trial, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Take in an end."""
@@ -422,6 +467,7 @@ def _train(search: Search, number: int, threads: int | None) -> None:
     )
     states = Path(plan.config.output) / STATES / str(number)
     curve = _load(trainer, states)
+    misses_gpu = threads is None and not has_gpu(tf)
     size = architecture(plan.preset.architecture).mflop_per_pixel(**plan.preset.arguments)
 
     def row() -> dict[str, Any]:
@@ -433,6 +479,7 @@ def _train(search: Search, number: int, threads: int | None) -> None:
             "seconds": round(trainer.progress.seconds, 2),
             "parameters": int(trainer.model.count_params()),
             "mflop_per_pixel": round(size, 4),
+            "misses_gpu": misses_gpu,
         }
 
     def report(metrics: dict[str, float], save: bool) -> None:
