@@ -186,7 +186,7 @@ class Denoiser:
         )
         self.strength = strength
         only = checkpoint.card.get("float32_only", False)
-        self.precision = "float32" if only else choose_precision(precision, tf)
+        self.precision = choose_precision("float32" if only else precision, tf)
         gpus = tf.config.get_visible_devices("GPU")
         self.device = "gpu" if gpus else "cpu"
         self._batch_pixels = GPU_BATCH_PIXELS if gpus else CPU_BATCH_PIXELS

@@ -7,10 +7,13 @@ import importlib
 import os
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 
 from denoise_core import devices
+from denoise_core.checkpoints import load_checkpoint
+from denoise_core.denoiser import Denoiser
 
 
 def test_memory_of_the_smallest_gpu(tmp_path, monkeypatch):
@@ -59,3 +62,25 @@ def test_no_garbage_is_collected_during_a_quick_import_and_all_is_as_before_afte
             assert gc.isenabled() is before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "only", "tf32"),
+    [
+        ("float32", False, False),
+        ("bfloat16", True, False),
+        ("bfloat16", False, True),
+        ("auto", False, True),
+    ],
+)
+def test_float32_is_no_tf32(wanted, only, tf32):
+    config = devices.import_tensorflow().config.experimental
+    shipped = load_checkpoint("unet-s")
+    checkpoint = replace(shipped, card={**shipped.card, "float32_only": only})
+    config.enable_tensor_float_32_execution(True)
+    try:
+        denoiser = Denoiser(checkpoint, precision=wanted)
+        assert config.tensor_float_32_execution_enabled() is tf32
+        assert wanted == "auto" or denoiser.precision == ("float32" if not tf32 else "bfloat16")
+    finally:
+        config.enable_tensor_float_32_execution(True)
