@@ -533,6 +533,11 @@ class Sampler:
         self._shares = np.cumsum(sides[:-1]) / sides.sum()
         self._window = self._images_of_window()
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the library keeps all images; else they come from a moving window."""
+        return not self._window
+
     def _images_of_window(self) -> int:
         """Return the images in the moving window, by the data alone; 0 where all can be kept."""
         planes = [p.plane_bytes * p.scale**2 for p in self.pictures]

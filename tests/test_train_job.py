@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -43,6 +44,7 @@ from denoise_core.models import build_model
 from denoise_core.presets import PRESETS
 from denoise_core.storage import LocalStorage, storage_for
 from denoise_core.training import Plan, Trainer, prepare, psnr_of
+from denoise_core.training_data import Sampler
 from jobs.train import Display, main
 
 STEPS, EVERY = 200, 20
@@ -644,6 +646,53 @@ def test_every_preset_trains_alike_with_one_worker_and_with_two(ray_session, tmp
         # Dropout and the statistics of a batch are of each worker's own.
         if preset.architecture != "dense" and not preset.arguments.get("norm"):
             np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("host", "gpus", "count"),
+    [
+        ({"CPU": 64.0}, 0.0, 1),
+        ({"CPU": 64.0}, 1.0, 1),
+        ({"CPU": 64.0, "GPU": 1.0}, 0.0, 1),
+        ({"CPU": 4.0, "GPU": 1.0}, 1.0, 1),
+        ({"CPU": 8.0, "GPU": 1.0}, 1.0, 2),
+        ({"CPU": 64.0, "GPU": 8.0}, 1.0, 2),
+        ({"CPU": 16.0, "GPU": 1.0}, 0.5, 2),
+        ({"CPU": 64.0, "GPU": 1.0}, 1.0, 4),
+        ({"GPU": 1.0}, 1.0, 1),
+    ],
+)
+def test_crops_for_a_gpu_are_made_by_some_of_the_cpus_beside_it(host, gpus, count):
+    from denoise_core.pipelines.crops import makers
+
+    assert makers(host, gpus=gpus) == count
+
+
+@pytest.mark.ray
+def test_the_batches_of_several_processes_are_those_of_one_in_order(
+    ray_session, data, tmp_path, monkeypatch
+):
+    from denoise_core.pipelines import crops
+
+    config = TrainConfig(data=(str(data),), output=str(tmp_path / "run"), steps=120)
+    plan = prepare(config, TINY)
+    pictures, stage = plan.data.training, TINY.stages[0]
+    assert crops.RayStream(pictures, plan.config, TINY, rank=0).makers == 1
+    monkeypatch.setattr(crops, "makers", lambda host, *, gpus: 2)
+    # Several tasks for each.
+    monkeypatch.setattr(crops, "BLOCK_BYTES", 250_000)
+    stream = crops.RayStream(pictures, plan.config, TINY, rank=0)
+    assert stream.makers == 2
+    sampler = Sampler.make(pictures, plan.config, TINY)
+    batches = itertools.islice(stream(stage, step=0), 120)
+    for step, (noisy, clean) in enumerate(batches):
+        expected = sampler.batch(step=step, crop=stage.crop, places=range(stage.batch))
+        np.testing.assert_array_equal(noisy, expected[0])
+        np.testing.assert_array_equal(clean, expected[1])
+    assert step == 119
+    # Each process would read all of what is too much to keep.
+    large = [replace(each, plane_bytes=10**9) for each in pictures]
+    assert crops.RayStream(large, plan.config, TINY, rank=0).makers == 1
 
 
 @pytest.mark.ray

@@ -1,6 +1,6 @@
-"""The crops of one training worker, made by Ray Data in a process of its own.
+"""The crops of one training worker, made by Ray Data in a process of its own, or some beside a GPU.
 
-That process has no TensorFlow: to import it would take longer than all else at its start.
+Those have no TensorFlow: to import it would take longer than all else at their start.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from denoise_core.training_data import Picture, Sampler
 BLOCK_BYTES = 8_000_000
 # A stream ends after so many steps and is begun anew.
 STREAM_STEPS = 50_000
-# What it asks of Ray.
+# What it asks of Ray for each process.
 STREAM_CPUS = 0.1
+# A GPU takes more small batches in a second than one process makes. Each further one keeps its own
+# images, up to training_data.CACHE_BYTES.
+CPUS_OF_MAKER, MOST_MAKERS = 4, 4
 
 Array = np.ndarray
 
@@ -48,14 +51,27 @@ class _MakeBatches:
         return {"noisy": np.stack(noisy), "clean": np.stack(clean)}
 
 
+def makers(host: dict[str, float], *, gpus: float) -> int:
+    """Return the processes that make the crops of a worker with `gpus` of its host's resources."""
+    if not gpus or not host.get("GPU"):
+        return 1
+    beside = host.get("CPU", 0.0) * gpus / host["GPU"]
+    return max(1, min(MOST_MAKERS, int(beside / CPUS_OF_MAKER)))
+
+
 class RayStream:
-    """A `training.Source`: Ray Data makes the batches of one worker in a process of its own."""
+    """A `training.Source`: Ray Data makes the batches of one worker in processes of its own."""
 
     def __init__(
         self, pictures: list[Picture], config: TrainConfig, preset: Preset, *, rank: int
     ) -> None:
         self.pictures = ray.put(pictures)
         self.config, self.preset, self.rank = config, preset, rank
+        here = ray.get_runtime_context().get_node_id()
+        host = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        # Of what cannot be kept each process would read all images.
+        kept = Sampler.make(pictures, config, preset).keeps_all
+        self.makers = makers(host, gpus=config.gpus_per_worker or 0.0) if kept else 1
 
     def __call__(self, stage: Stage, *, step: int) -> Iterator[tuple[Array, Array]]:
         """Yield batches from `step` on."""
@@ -81,7 +97,7 @@ class RayStream:
             fn_constructor_args=(self.pictures, self.config, self.preset, stage, places),
             batch_format="numpy",
             batch_size=together,
-            compute=ray.data.ActorPoolStrategy(size=1),
+            compute=ray.data.ActorPoolStrategy(size=self.makers),
             num_cpus=STREAM_CPUS,
         )
         for table in dataset.iter_batches(
