@@ -29,7 +29,7 @@ import numpy as np
 from denoise_core.config import TrainConfig, nearest
 from denoise_core.errors import DenoiseError, ObjectNotFound, UsageError
 from denoise_core.idx import is_idx, read_idx
-from denoise_core.images import data_range, decode, read_header
+from denoise_core.images import data_range, decode, picture_of, read_header
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.noise import Noise, parse_noise
 from denoise_core.pairs import matched, no_images, refuse_unpaired, spread
@@ -413,10 +413,11 @@ class Library:
             array = _idx_array(uri, self.options)[member]
             return self._fit(array[..., None] if array.ndim == 2 else array, uri)
         try:
-            image = decode(storage_for(uri, self.options).read(uri), name=uri)
+            data = storage_for(uri, self.options).read(uri)
+            image = decode(data, name=uri, keep_nodata=True)
         except DenoiseError as error:
             raise UsageError(f"{uri}: {error}") from error
-        return self._fit(_filling(image.pixels, image.header.bits), uri)
+        return self._fit(_filling(picture_of(image)[0], image.header.bits), uri)
 
     def _fit(self, image: Array, uri: str) -> Array:
         """Return the image with the network's channels: grey repeated, colour turned to luma."""

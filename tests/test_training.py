@@ -402,6 +402,16 @@ def test_pairs_may_lie_in_folders(tmp_path, patterns):
     assert (clean * 255).mean() == pytest.approx(70)
 
 
+def test_no_data_of_a_raster_is_not_learnt(tmp_path):
+    band = np.linspace(0, 1, 40 * 40, dtype=np.float32).reshape(40, 40)
+    band[:9] = np.nan
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, band, extratags=[(42113, 2, None, "nan", True)])
+    loaded, _ = Library(StorageOptions(), channels=1).get(Picture(str(path)))
+    assert loaded[:9].max() == 0
+    np.testing.assert_array_equal(loaded[9:, :, 0], band[9:])
+
+
 def test_a_float_image_is_looked_at_once_for_its_range(tmp_path, monkeypatch):
     for number in range(2):
         values = np.random.default_rng(number).random((40, 48, 3)).astype(np.float32)
