@@ -342,6 +342,22 @@ def test_every_column_of_a_good_row_is_filled(job: Any) -> None:
     assert job.rows["rgba8.png"]["has_alpha"] is True
 
 
+@pytest.mark.parametrize(
+    ("reference", "words"), [("gone", "no such"), ("empty", "no files"), ("a.png", "is a file")]
+)
+def test_a_reference_with_nothing_in_it_is_refused_at_once(
+    checkpoint: str, tmp_path: Path, reference: str, words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.png").write_bytes(png_bytes(np.zeros((9, 9, 3), np.uint8)))
+    with pytest.raises(UsageError, match=f"--reference .*{reference}.*{words}"):
+        denoise(
+            tmp_path / "a.png", tmp_path / "out", checkpoint,
+            reference=str(tmp_path / reference), dry_run=True,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_reference_gives_psnr_ssim_and_mse(job: Any) -> None:
     row = job.rows["rgb8.png"]
     clean, noisy, denoised = (

@@ -125,6 +125,7 @@ def run_denoising(
     run_id = new_run_id()
     job = _make_job(config, checkpoints, geometry, run_id=run_id, options=options)
     _refuse_circular(config)
+    _refuse_no_reference(config, options)
     for line in model_notes(config, checkpoints[0], job.geometry):
         watcher.note(line)
     if config.dry_run:
@@ -248,6 +249,20 @@ def _refuse_circular(config: DenoiseConfig) -> None:
             )
         if is_bundle(uri) and f"{config.output}/".startswith(f"{uri.rstrip('/')}/"):
             raise UsageError(f"--output {config.output} lies inside the image {uri}: name another.")
+
+
+def _refuse_no_reference(config: DenoiseConfig, options: StorageOptions) -> None:
+    """Refuse a reference with nothing in it, of which each image would have to tell."""
+    root = config.reference
+    if root is None:
+        return
+    try:
+        first = next(storage_for(root, options).list(root), None)
+    except ObjectNotFound as error:
+        raise UsageError(f"--reference {error}") from None
+    if first is None or first.uri == root:
+        kind = "holds no files" if first is None else "is a file"
+        raise UsageError(f"--reference {root}: {kind}; name a folder of clean images.")
 
 
 def _refuse_foreign(storage: Storage, out: str) -> None:
