@@ -86,6 +86,9 @@ def blind_spots(
     from_y = np.where(from_y >= height, 2 * height - 2 - from_y, from_y)
     from_x = np.abs(x + steps[1])
     from_x = np.where(from_x >= width, 2 * width - 2 - from_x, from_x)
+    # Mirrored, a step of 2 from the second row or column leads back to where it began.
+    same = (from_y == y) & (from_x == x)
+    from_y += np.where(same, np.where(y < height - 1, 1, -1), 0)
     values, target = noisy.copy(), np.full_like(noisy, np.nan)
     values[y, x] = noisy[from_y, from_x]
     target[y, x] = noisy[y, x]

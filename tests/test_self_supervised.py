@@ -66,8 +66,10 @@ def test_no_gradient_flows_through_the_whole_image():
     assert float(tape.gradient(loss, gain)) == pytest.approx(rebuilt + bound, rel=1e-4)
 
 
-def test_blind_spots_show_a_neighbour_and_ask_for_the_pixel():
-    rng = np.random.default_rng(0)
+# With one seed in four some pixel at a border would stand in for itself but for its second move.
+@pytest.mark.parametrize("seed", range(50))
+def test_blind_spots_show_a_neighbour_and_ask_for_the_pixel(seed):
+    rng = np.random.default_rng(seed)
     noisy = np.stack(np.indices((32, 40)), axis=2).astype(np.float32)
     values, target = blind_spots(noisy, rng, share=0.05, reach=2)
     spots = np.isfinite(target).all(axis=2)
@@ -75,7 +77,7 @@ def test_blind_spots_show_a_neighbour_and_ask_for_the_pixel():
     np.testing.assert_array_equal(values[~spots], noisy[~spots])
     np.testing.assert_array_equal(target[spots], noisy[spots])
     steps = np.abs(values - noisy)[spots]
-    assert steps.max() <= 3
+    assert steps.max() <= 2
     assert (steps.max(axis=1) > 0).all()
 
 
