@@ -169,29 +169,34 @@ def load_checkpoint(
     tell: Callable[[str], None] = lambda _: None,
     sha256: str | None = None,
     options: StorageOptions | None = None,
+    flag: str = "--model",
 ) -> Checkpoint:
     """Find a checkpoint by shipped name, folder, card or weights file, or a user's Keras file.
 
     All but the first may lie on S3, reached by `options`; what is loaded then is this machine's own
-    copy. With `sha256` a model of another hash is refused. The rest is of Keras files alone:
-    'LO:HI', the values that the model was trained on; whether stride and halo are measured (some
-    seconds, once for each file), which who has a geometry does not need; and who is told when that
-    begins. Raises UsageError where there is no such model, CheckpointError where it is damaged or
-    refused, StorageError where it cannot be reached.
+    copy. With `sha256` a model of another hash is refused. `flag` is what the sentences of errors
+    call it. The rest is of Keras files alone: 'LO:HI', the values that the model was trained on;
+    whether stride and halo are measured (some seconds, once for each file), which who has a
+    geometry does not need; and who is told when that begins. Raises UsageError where there is no
+    such model, CheckpointError where it is damaged or refused, StorageError where it cannot be
+    reached.
     """
+    keras: dict[str, Any] = {"model_range": model_range, "measure": measure, "tell": tell}
     if name.startswith("s3://"):
-        found = _copy_from_s3(name, options, model_range=model_range, measure=measure, tell=tell)
+        found = _copy_from_s3(name, options, flag=flag, **keras)
     else:
-        found = _find(name, model_range=model_range, measure=measure, tell=tell)
+        found = _find(name, flag=flag, **keras)
     if sha256 is not None and found.hash != sha256:
         raise CheckpointError(
-            f"--model {name}: its weights are not those that this run began with; wait until it is "
+            f"{flag} {name}: its weights are not those that this run began with; wait until it is "
             "no longer written, and have the same copy on all machines."
         )
     return found
 
 
-def _find(name: str, *, model_range: str, measure: bool, tell: Callable[[str], None]) -> Checkpoint:
+def _find(
+    name: str, *, flag: str, model_range: str, measure: bool, tell: Callable[[str], None]
+) -> Checkpoint:
     card_path = _card_path(name)
     if is_keras_file(name) and Path(name).is_file():
         card = read_card(Path(name), model_range=model_range, measure=measure, tell=tell)
@@ -199,7 +204,7 @@ def _find(name: str, *, model_range: str, measure: bool, tell: Callable[[str], N
     if not card_path.is_file():
         known = shipped_names()
         raise UsageError(
-            f"--model {name!r}: neither a shipped model ({', '.join(known) or 'none'}) nor a "
+            f"{flag} {name!r}: neither a shipped model ({', '.join(known) or 'none'}) nor a "
             "folder with model.json and model.safetensors nor a Keras file (.keras, .h5)."
             f"{nearest(name, known)}"
         )
@@ -212,7 +217,9 @@ def _find(name: str, *, model_range: str, measure: bool, tell: Callable[[str], N
     return Checkpoint(card.get("name", card_path.stem), card_path.with_suffix(".safetensors"), card)
 
 
-def _copy_from_s3(uri: str, options: StorageOptions | None, **keras: Any) -> Checkpoint:
+def _copy_from_s3(
+    uri: str, options: StorageOptions | None, *, flag: str, **keras: Any
+) -> Checkpoint:
     """Copy what this machine does not have yet of a model, and load the copy.
 
     Its folder is named by the hash of the Keras file or of the card, which holds the weights': so
@@ -228,7 +235,7 @@ def _copy_from_s3(uri: str, options: StorageOptions | None, **keras: Any) -> Che
         data = storage.read(source)
     except ObjectNotFound as error:
         raise UsageError(
-            f"--model {uri!r}: neither a folder with model.json and model.safetensors nor a Keras "
+            f"{flag} {uri!r}: neither a folder with model.json and model.safetensors nor a Keras "
             f"file (.keras, .h5): {error}."
         ) from error
     root, _, file = source.rpartition("/")
@@ -237,7 +244,7 @@ def _copy_from_s3(uri: str, options: StorageOptions | None, **keras: Any) -> Che
     if local.stat(path) is None or local.read(path) != data:
         local.write(path, data)
     try:
-        found = _find(path, **keras)
+        found = _find(path, flag=flag, **keras)
         weights = found.weights_path
         try:
             found.check(local.read(str(weights)))

@@ -158,6 +158,19 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
+# What a sentence about arguments that do not fit together ends with, by where they were given:
+# for a network without levels, for lists of several lengths.
+IN_SPACE = (
+    "raise depth",
+    "Lists that belong together, such as widths and blocks, need one length: put them into tables "
+    "of `arguments`",
+)
+IN_FLAGS = (
+    "name one in `--arguments widths=[24]`, or several",
+    "Lists that belong together, such as widths and blocks, need one length: give both, such as "
+    "`--arguments widths=[24,48] blocks=[1,1]`",
+)
+
 # A setting, or the type of one -> whether a value of a space fits, and how that is called.
 KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     "noise": (lambda v: isinstance(v, str) or _is_texts(v), "a text or a list of texts"),
@@ -231,7 +244,7 @@ def applied(settings: Settings, preset: Preset, config: TrainConfig) -> tuple[Pr
         noise = training["noise"]
         training["noise"] = (noise,) if isinstance(noise, str) else tuple(noise)
     arguments = shaped(preset.arguments, {k: v for k, v in settings.items() if k not in TRAINING})
-    return reshaped(preset, arguments), replace(config, **training)
+    return reshaped(preset, arguments, IN_SPACE), replace(config, **training)
 
 
 def with_arguments(preset: Preset, texts: Sequence[str]) -> Preset:
@@ -252,7 +265,7 @@ def with_arguments(preset: Preset, texts: Sequence[str]) -> Preset:
         )
         changes[key] = _argument(value, text)
         _check(key, changes[key], preset, f"--arguments {key}")
-    return reshaped(preset, shaped(preset.arguments, changes))
+    return reshaped(preset, shaped(preset.arguments, changes), IN_FLAGS)
 
 
 def _argument(value: str, text: str) -> Any:
@@ -265,12 +278,12 @@ def _argument(value: str, text: str) -> Any:
         ) from error
 
 
-def reshaped(preset: Preset, arguments: dict[str, Any]) -> Preset:
+def reshaped(preset: Preset, arguments: dict[str, Any], advice: tuple[str, str]) -> Preset:
     """Return a preset with other arguments, its default halo in proportion to the exact one.
 
-    Raises UsageError for arguments that the architecture cannot be built with.
+    Raises UsageError, with `advice`, for arguments that the architecture cannot be built with.
     """
-    _check_arguments(preset.architecture, arguments)
+    _check_arguments(preset.architecture, arguments, advice)
     module = architecture(preset.architecture)
     before, now = (int(module.exact_halo(**a)) for a in (preset.arguments, arguments))
     halo = preset.default_halo
@@ -314,12 +327,12 @@ def _with_depth(arguments: dict[str, Any], depth: int) -> dict[str, Any]:
     return {"widths": tuple(widths), "blocks": (*upper, deepest)}
 
 
-def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
+def _check_arguments(name: str, arguments: dict[str, Any], advice: tuple[str, str]) -> None:
     """Raise UsageError where the architecture cannot be built with its arguments."""
     text = ", ".join(f"{key}={value}" for key, value in arguments.items())
     require(
         len(arguments.get("widths", (1,))) >= 1,
-        f"an architecture needs a level at least, got {text}: raise depth.",
+        f"an architecture needs a level at least, got {text}: {advice[0]}.",
     )
     try:
         architecture(name).mflop_per_pixel(**arguments)
@@ -328,10 +341,8 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
         if size is not None and any(side % stride for side in size):
             raise ValueError(f"{size[1]}x{size[0]} px are no multiple of {stride}")
     except (ValueError, TypeError, IndexError) as error:
-        raise UsageError(
-            f"{name} cannot be built with {text} ({error}). Lists that belong together, such as "
-            "widths and blocks, need one length: put them into tables of `arguments`."
-        ) from error
+        sentence = f"{name} cannot be built with {text} ({error}). {advice[1]}."
+        raise UsageError(sentence) from error
 
 
 def train_toml(settings: Settings, *, preset: Preset, shared: TrainConfig, notes: str) -> str:

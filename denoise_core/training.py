@@ -215,7 +215,7 @@ def prepare(config: TrainConfig, preset: Preset | None = None) -> Plan:
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
     init = None
     if config.init is not None:
-        init = load_checkpoint(config.init, options=options).hash
+        init = load_checkpoint(config.init, options=options, flag="--init").hash
     config = with_absolute_paths(config)
     recipe = adapt(config, preset or find_preset(config.preset))
     for stage in recipe.stages:

@@ -105,6 +105,8 @@ def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "none")
     with pytest.raises(UsageError, match=r"--model 'no-such': neither a shipped model \(none\)"):
         load_checkpoint("no-such")
+    with pytest.raises(UsageError, match=r"^--init 'no-such': neither"):
+        load_checkpoint("no-such", flag="--init")
     with pytest.raises(UsageError, match=r"model\.json"):
         load_checkpoint(str(tmp_path))
 
@@ -268,6 +270,8 @@ def test_a_checkpoint_is_looked_for_at_the_endpoint_of_the_settings(best, s3_ser
 def test_what_is_missing_on_s3_is_named(best):
     with pytest.raises(UsageError, match=rf"^--model '{best}/x': neither a folder .* NoSuchKey"):
         load_checkpoint(f"{best}/x")
+    with pytest.raises(UsageError, match=rf"^--init '{best}/x': neither"):
+        load_checkpoint(f"{best}/x", flag="--init")
     with pytest.raises(UsageError, match=r"/none\.keras: there is no such object .*\)\.$"):
         load_checkpoint(f"{best}/none.keras")
     with pytest.raises(UsageError, match="there is no such bucket"):
@@ -309,6 +313,8 @@ def test_a_checkpoint_replaced_on_s3_is_another_and_refused_to_who_wants_the_fir
     upload(best, folder)
     with pytest.raises(CheckpointError, match=rf"^--model {best}: its weights are not those that"):
         load_checkpoint(best, sha256=first.hash)
+    with pytest.raises(CheckpointError, match=rf"^--init {best}: its weights"):
+        load_checkpoint(best, sha256=first.hash, flag="--init")
     np.testing.assert_array_equal(load_checkpoint(best).weights()[0], weights[0] + 1)
     np.testing.assert_array_equal(first.weights()[0], weights[0])
 

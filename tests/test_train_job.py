@@ -758,7 +758,7 @@ def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_pat
     [
         ({"--preset": "unet-z"}, "Unknown preset 'unet-z'. Did you mean 'unet-"),
         ({"--noise": "gausian:25"}, "unknown noise 'gausian'. Did you mean 'gaussian'"),
-        ({"--init": "no-such"}, "--model 'no-such': neither a shipped model"),
+        ({"--init": "no-such"}, "--init 'no-such': neither a shipped model"),
         ({"--preset": "unet-xs"}, "0.png: crops of 128 px do not fit into 64x48 px"),
         ({"DATA": "empty"}, "No images found in "),
         ({"--steps": "0"}, "--steps: expected a number from 1"),

@@ -188,7 +188,8 @@ def test_depth_of_a_network_without_blocks():
     "settings", [{"widths": [8, 16]}, {"depth": 0}, {"blocks": [1]}, {"arguments": {"widths": []}}]
 )
 def test_arguments_that_do_not_fit_together_are_refused(settings):
-    with pytest.raises(UsageError, match=r"unet cannot be built|needs a level"):
+    fits = r"unet cannot be built.*tables of `arguments`|needs a level.*raise depth"
+    with pytest.raises(UsageError, match=fits):
         applied(settings, UNET, train())
 
 
@@ -215,7 +216,8 @@ def test_arguments_of_the_architecture_on_the_command_line():
         ("width=[8]", "no argument 'width' to change. Did you mean 'widths'"),
         ("widths=8,16", "expected KEY=VALUE"),
         ("widths", "expected KEY=VALUE"),
-        ("widths=[8,16]", "unet cannot be built"),
+        ("widths=[8,16]", r"unet cannot be built.*`--arguments widths=\[24,48\] blocks=\[1,1\]`"),
+        ("widths=[]", r"needs a level.*name one in `--arguments widths=\[24\]`"),
         ("channels=1", "no argument 'channels'"),
         ("widths=24", "--arguments widths = 24: expected a list of whole numbers above 0"),
     ):

@@ -356,7 +356,8 @@ def _train(
     initial = None
     if config.init:
         options = StorageOptions(s3_endpoint=config.s3_endpoint)
-        initial = load_checkpoint(config.init, sha256=init_hash, options=options).weights()
+        found = load_checkpoint(config.init, sha256=init_hash, options=options, flag="--init")
+        initial = found.weights()
     trainer = Trainer(
         config,
         preset,
