@@ -69,6 +69,13 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     assert (config.output, config.patch) == ("file", "512")
 
 
+def test_the_example_configuration_leaves_no_kind_of_image_out() -> None:
+    file = Path(denoise.__file__).parent / "configs" / "denoise.toml"
+    code, text, (config,) = invoke("in", "--output", "o", "--config", file)
+    assert code == 0, text
+    assert (config.include, config.exclude) == ((), ())
+
+
 def test_config_file_gives_lists_switches_and_inputs(tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text(
