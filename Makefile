@@ -42,7 +42,7 @@ MINUTES ?= 5
 test-chaos: install
 	$(BIN)/python tests/chaos.py --seed $(SEED) --minutes $(MINUTES)
 
-# A gigapixel image by one actor and by three; ten minutes.
+# A gigapixel image by one actor and by three; twenty minutes.
 test-large: install
 	DENOISE_TEST_LARGE=1 $(BIN)/python -m pytest -s tests/test_large.py
 
