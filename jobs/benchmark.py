@@ -8,7 +8,8 @@
     python -m jobs.benchmark scale      --output DIR [--actors 1,4,16] [--patch-ms MS]
     python -m jobs.benchmark all        --output DIR --data CLEAN,CLEAN
 
-Each writes DIR/NAME.md and DIR/NAME.json; `all` also DIR/benchmark.md.
+Each writes DIR/NAME.md and DIR/NAME.json. `all` is all but input and scale, which are run by
+themselves; it also writes DIR/benchmark.md.
 Exit codes: 0 measured, 1 a run failed, 2 wrong usage.
 """
 
@@ -57,11 +58,13 @@ BENCHMARKS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllConfig(ModelConfig):
-    """Settings of `jobs.benchmark all`; the rest as the single ones have it."""
+    """Settings of `jobs.benchmark all`, without `input` and `scale`; the rest as in the others."""
 
     output: str = setting(help="Folder for all tables.", metavar="DIR")
     data: str = setting(
-        "", "Folders of clean 8-bit images, for quality and precision.", metavar="DIR[,DIR]"
+        "",
+        "Folders of clean 8-bit images: all for quality, the first for harm and precision.",
+        metavar="DIR[,DIR]",
     )
     photos: str | None = setting(None, "Photographs to make throughput's of.", metavar="DIR")
     megapixels: float = setting(200.0, "Mpx of throughput.", metavar="MPX")
@@ -151,7 +154,11 @@ _simulate.hidden = True
 main.add_command(_simulate)
 main.add_command(
     settings_command(
-        AllConfig, measure_all, name="all", help="All of them.", interrupted=INTERRUPTED
+        AllConfig,
+        measure_all,
+        name="all",
+        help="All of them but input and scale.",
+        interrupted=INTERRUPTED,
     )
 )
 

@@ -71,7 +71,7 @@ def _real_tree(folder: Path, config: ListingConfig) -> dict[str, dict[str, Any]]
     dry = {"seconds": seconds, "peak_rss": driver.rss, "to_do": config.names}
     return {
         "first run, real tree": _figures(walked),
-        "`jobs.denoise --dry-run`, real tree, whole driver with Ray": dry,
+        "`jobs.denoise --dry-run`, real tree, whole driver": dry,
     }
 
 
