@@ -644,7 +644,7 @@ class EvaluateConfig:
     output: str = setting(help="Folder or s3://bucket/prefix for figures, pictures and the page.")
     model: tuple[str, ...] = setting(
         ("unet-s",),
-        "Shipped names, or paths or URIs of checkpoints.",
+        "Shipped names, or paths or URIs of checkpoints or Keras files (.keras, .h5).",
         metavar="NAME|PATH|URI...",
         many=True,
     )

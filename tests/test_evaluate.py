@@ -461,6 +461,14 @@ def test_absent_packages_leave_a_filter_out(monkeypatch: pytest.MonkeyPatch):
     assert choose_filters(["median,bm3d"]) == (["identity", "median"], ["bm3d"])
 
 
+def test_a_range_is_of_keras_files_alone(tmp_path: Path):
+    residual(12).save(tmp_path / "mine.keras")
+    paths = ["unet-s", str(tmp_path / "mine.keras")]
+    assert [each.model_range for each in label_models(paths, model_range="0:255")] == ["0:255"] * 2
+    with pytest.raises(UsageError, match=r"^--model-range 0:255: no --model is a Keras file"):
+        label_models(["unet-s"], model_range="0:255")
+
+
 def test_pictures_of_models_whose_folders_have_one_name_have_names_of_their_own():
     names = {
         pictures.file_name("worst", pictures._stem(f"/runs/{run}/best"), "gaussian:25")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from denoise_core.checkpoints import Checkpoint, load_checkpoint, shipped_names
-from denoise_core.config import nearest
+from denoise_core.config import nearest, require
 from denoise_core.denoiser import DEFAULT_PATCH, Denoiser, Geometry, resolve_geometry
 from denoise_core.errors import UsageError
 from denoise_core.keras_files import is_keras_file
@@ -84,9 +84,14 @@ def label_models(
 
     A name that belongs to a shipped model, or to a filter, stands for that alone.
 
-    Raises UsageError for an unknown model or one that is given twice, CheckpointError for a damaged
-    one.
+    Raises UsageError for an unknown model, one that is given twice, and for a range where there is
+    no Keras file, CheckpointError for a damaged one.
     """
+    require(
+        model_range == "auto" or any(map(is_keras_file, paths)),
+        f"--model-range {model_range}: no --model is a Keras file (.keras, .h5), and the others "
+        "state their own range; leave the flag out.",
+    )
     found = [(path, find_model(path, model_range=model_range, options=options)) for path in paths]
     names = [checkpoint.name for _, checkpoint in found]
     taken = {*CLASSICAL, *shipped_names()}
