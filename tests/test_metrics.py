@@ -82,7 +82,6 @@ def test_psnr_mse_and_ssim_equal_scikit_image(shape, dtype):
         peak_signal_noise_ratio(wide_b, wide_a, data_range=data_range), abs=1e-6
     )
     assert sums.mse == pytest.approx(np.mean((wide_a - wide_b) ** 2) / data_range**2, rel=1e-6)
-    assert sums.mae == pytest.approx(np.mean(np.abs(wide_a - wide_b)) / data_range, rel=1e-6)
     assert sums.ssim == pytest.approx(skimage_ssim(a, b, data_range), abs=2e-6)
 
 
@@ -138,11 +137,7 @@ def test_error_sums_of_parts_are_the_whole_exactly(shape, cut, dtype):
     pieces = [slice(0, cut), slice(cut, None)] if cut else [slice(None)]
     whole = error_sums(a, b, data_range=RANGES[dtype])
     parts = reduce(add, [error_sums(a[p], b[p], data_range=RANGES[dtype]) for p in pieces])
-    assert (parts.squared, parts.absolute, parts.count) == (
-        whole.squared,
-        whole.absolute,
-        whole.count,
-    )
+    assert (parts.squared, parts.count) == (whole.squared, whole.count)
     assert parts.mse == whole.mse
 
 

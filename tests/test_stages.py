@@ -20,7 +20,7 @@ from denoise_core.errors import CheckpointError
 from denoise_core.images import ImageHeader, ImageMetadata, decode
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead, set_data_context
 from denoise_core.pipelines.denoise import _Run
-from denoise_core.pipelines.job import Facts, Job, Model
+from denoise_core.pipelines.job import Facts, Job, Model, merge_reference
 from denoise_core.pipelines.stages import (
     Denoise,
     Expand,
@@ -114,6 +114,12 @@ def test_an_actor_refuses_other_weights_than_the_runs(checkpoint: str, tmp_path:
     actor.denoisers = {}
     with pytest.raises(CheckpointError, match="its weights are not those that this run began with"):
         actor._denoiser(checkpoint)
+
+
+def test_regions_that_an_older_version_marked_are_merged() -> None:
+    sums = {"squared": 8.0, "count": 2, "ssim_sum": 0.0, "ssim_count": 0, "data_range": 2.0}
+    marked = [{"after": each, "before": each} for each in (sums, {**sums, "absolute": 4.0})]
+    assert merge_reference(marked)["mse"] == 1.0
 
 
 def test_a_reference_of_the_other_polarity_is_turned(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import reduce
 from operator import add
@@ -84,6 +84,11 @@ def reference_figures(after: ErrorSums, before: ErrorSums) -> Facts:
     }
 
 
+def _sums(marked: Facts) -> ErrorSums:
+    """Read what a region's marker holds; older ones, of a run that goes on, hold more."""
+    return ErrorSums(**{each.name: marked[each.name] for each in fields(ErrorSums)})
+
+
 def merge_reference(regions: list[Facts]) -> Facts:
     """Return an image's figures against its reference; every region has to have its sums."""
     for facts in regions:
@@ -92,6 +97,6 @@ def merge_reference(regions: list[Facts]) -> Facts:
             problem = facts.get("reference_problem", missing)
             return {"reference_uri": None, "reference_problem": problem}
     after, before = (
-        reduce(add, (ErrorSums(**facts[name]) for facts in regions)) for name in ("after", "before")
+        reduce(add, (_sums(facts[name]) for facts in regions)) for name in ("after", "before")
     )
     return reference_figures(after, before)
