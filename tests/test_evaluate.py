@@ -484,6 +484,21 @@ def test_pictures_of_models_whose_folders_have_one_name_have_names_of_their_own(
     assert pictures._short("sub/coffee.png") == "coffee.png"
 
 
+def test_methods_shown_together_have_short_names_that_differ():
+    def shorts(*names: str) -> list[str]:
+        return list(pictures._shorts(names, 24).values())
+
+    assert shorts("/runs/a/model.keras", "median") == ["model.keras", "median"]
+    assert shorts("/a/model.keras", "/b/model.keras") == ["a/model.keras", "b/model.keras"]
+    seeds = [f"/runs/seed{seed}/unet-s/best" for seed in (1, 2)]
+    assert shorts(*seeds, "median") == ["seed1/unet-s/best", "seed2/unet-s/best", "median"]
+    assert shorts("unet-s", "/runs/unet-s") == ["unet-s", "runs/unet-s"]
+    # Apart only in what a short name leaves out.
+    long = [f"/runs/{'x' * 20}{seed}{'y' * 20}/{'z' * 200}/best" for seed in (1, 2)]
+    for several in (long, [name.replace("z" * 200, "z") for name in long]):
+        assert len(set(shorts(*several))) == 2
+
+
 def test_models_of_one_name_are_told_apart_by_path(tmp_path: Path):
     paths = [make_checkpoint(tmp_path / name) for name in "ab"]
     assert [each.label for each in label_models(paths)] == paths

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import posixpath
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +88,24 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _short(name: str, most: int = 30) -> str:
-    """A name's last part, its middle left out where long; of `best`, every training's, two."""
-    base = posixpath.basename(name)
-    if base == "best":
-        base = "/".join(name.split("/")[-2:])
+def _short(name: str, most: int = 30, parts: int = 1) -> str:
+    """A name's last parts, their middle left out where long; of `best`, every training's, two."""
+    path = name.split("/")
+    base = "/".join(path[-max(parts, 2 if path[-1] == "best" else 1) :])
     half = (most - 1) // 2
     return _plain(base if len(base) <= most else f"{base[:half]}…{base[-half:]}")
+
+
+def _shorts(names: Iterable[str], most: int = 30) -> dict[str, str]:
+    """Names by short ones that differ: by so many last parts, or, failing that, so much longer."""
+    names = list(names)
+    deepest = 1 + max((name.count("/") for name in names), default=0)
+    for length in (most, 2 * most, 4 * most):
+        for parts in range(1, deepest + 1):
+            found = {name: _short(name, length, parts) for name in names}
+            if len(set(found.values())) == len(found):
+                return found
+    return {name: _plain(name) for name in names}
 
 
 def _fitting(name: str, width: float) -> str:
@@ -161,9 +171,11 @@ def grid(
     side = _side(examples)
     figure = _figure(side * columns, (side * _ratio(examples) + 0.26) * len(rows) + 0.24)
     _pack(figure)
+    shorts = _shorts(methods)
+    top = ["noisy", *(shorts[method] for method in methods), "clean"]
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (place, (name, row)) in zip(axes, enumerate(rows), strict=True):
-        heads = ["noisy", *map(_short, methods), "clean"] if place == 0 else [""] * columns
+        heads = top if place == 0 else [""] * columns
         _show(line[0], row[0].noisy, title=heads[0], below=_db(row[0].psnr_noisy))
         for axis, head, example in zip(line[1:-1], heads[1:-1], row, strict=True):
             _show(axis, example.denoised, title=head, below=_db(example.psnr) + _ssim(example.ssim))
@@ -191,10 +203,15 @@ def side_by_side(each: Mapping[str, Example], *, noise: str, image: str) -> Draw
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.axis("off")
+    shorts = {**_shorts(order), IDENTITY: "noisy"}
     for axis, method in zip(axes, order, strict=False):
-        words = "noisy" if method == IDENTITY else _short(method)
         example = each[method]
-        _show(axis, example.denoised, title=words, below=_db(example.psnr) + _ssim(example.ssim))
+        _show(
+            axis,
+            example.denoised,
+            title=shorts[method],
+            below=_db(example.psnr) + _ssim(example.ssim),
+        )
     _show(axes[len(order)], each[order[0]].clean, title="clean", below=_fitting(image, side))
     return _finish(
         figure,
@@ -285,8 +302,8 @@ def _look(method: str, place: int, models: Sequence[str]) -> dict[str, Any]:
     return {"color": color, "linestyle": "--", "linewidth": 1.4}
 
 
-def _legend(method: str) -> str:
-    return "noisy input" if method == IDENTITY else _short(method, 24)
+def _legends(methods: Iterable[str]) -> dict[str, str]:
+    return {**_shorts(methods, 24), IDENTITY: "noisy input"}
 
 
 def curves(
@@ -300,6 +317,7 @@ def curves(
     axes = figure.subplots()
     _style(axes, x="sigma of the Gaussian noise, of 255", y="PSNR, dB")
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    legends = _legends(methods)
     found = {(entry["method"], entry["noise"]): entry["psnr"] for entry in entries}
     for place, method in enumerate(methods):
         points = [(s, found[method, noise]) for s, noise in levels]
@@ -307,7 +325,7 @@ def curves(
         look = _look(method, place, models)
         x = [s for s, _ in points]
         axes.plot(
-            x, [v["mean"] for _, v in points], label=_legend(method), marker="o", ms=4, **look
+            x, [v["mean"] for _, v in points], label=legends[method], marker="o", ms=4, **look
         )
         if method in models and all(value["low"] is not None for _, value in points):
             low, high = ([value[end] for _, value in points] for end in ("low", "high"))
@@ -330,7 +348,7 @@ def residuals(counts: Mapping[str, Array], *, noise: str, models: Sequence[str])
     axes = figure.subplots()
     _style(axes, x="result − clean, levels of 255", y="share of values")
     levels = np.arange(BINS) - BINS // 2
-    widest = 1
+    legends, widest = _legends(counts), 1
     for place, (method, histogram) in enumerate(counts.items()):
         share = histogram / max(1, int(histogram.sum()))
         summed = np.cumsum(share)
@@ -341,13 +359,13 @@ def residuals(counts: Mapping[str, Array], *, noise: str, models: Sequence[str])
         axes.plot(
             levels,
             np.where(share > 0, share, np.nan),
-            label=f"{_legend(method)}: mean {mean:+.2f}, RMS {deviation:.1f}",
+            label=f"{legends[method]}: mean {mean:+.2f}, RMS {deviation:.1f}",
             **_look(method, place, models),
         )
     axes.set_yscale("log")
     axes.set_xlim(-widest, widest)
     axes.set_ylim(1e-6, 1.5)
-    longest = max(len(_legend(method)) for method in counts)
+    longest = max(len(legends[method]) for method in counts)
     figure.legend(
         fontsize=9, frameon=False, loc="outside lower center", ncols=2 if longest < 14 else 1
     )
