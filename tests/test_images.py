@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from denoise_core.errors import (
+    CorruptImage,
     ImageError,
     ImageTooLarge,
     NonFiniteValues,
@@ -1074,6 +1075,15 @@ def test_pickled_npy_is_never_loaded() -> None:
     np.save(out, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UnsupportedImage):
         decode(out.getvalue(), name="x.npy")
+
+
+@pytest.mark.parametrize("text", ["+".join("1" * 4500), "-" * 9000 + "1", "a" + "[0]" * 2900])
+def test_a_deeply_nested_npy_header_is_damage(text: str) -> None:
+    header = text.encode() + b"\n"
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    for call in (read_header, decode):
+        with pytest.raises(CorruptImage, match="header is damaged"):
+            call(data, name="x.npy")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

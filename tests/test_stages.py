@@ -258,6 +258,18 @@ def test_what_goes_while_it_is_swept_keeps_nothing_else(
     assert files_below(tmp_path) == []
 
 
+@pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError("too large")])
+def test_what_an_image_does_to_python_itself_is_a_failed_row(
+    tmp_path: Path, error: Exception
+) -> None:
+    item = Item({"path": "a.npy"}, pixels=b"x")
+    with FreeGuard(job_of(tmp_path)).catch(item):
+        raise error
+    assert item.failed
+    assert str(error) in item.facts["error_message"]
+    assert item.facts["error_message"].startswith("a.npy: ")
+
+
 @pytest.mark.parametrize(
     ("blocks", "size", "running", "actors", "expected"),
     [

@@ -12,6 +12,8 @@ from denoise_core.errors import CorruptImage, UnsupportedImage
 from denoise_core.images.types import Array, ImageHeader, ImageMetadata, check_dtype
 
 SIGNATURE = b"\x93NUMPY"
+# Of a header of 9,000 brackets or signs Python's own parser raises the last two.
+DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError)
 
 
 def read_header(file: BinaryIO, *, name: str) -> ImageHeader:
@@ -25,9 +27,10 @@ def read_header(file: BinaryIO, *, name: str) -> ImageHeader:
             else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read(file)
-    except (ValueError, EOFError, SyntaxError, TypeError, TokenError) as error:
+    except DAMAGE as error:
+        reason = str(error) or "nested too deeply"
         raise CorruptImage(
-            f"{name}: the .npy header is damaged ({error}); write the file again with numpy.save"
+            f"{name}: the .npy header is damaged ({reason}); write the file again with numpy.save"
         ) from error
     return _header(shape, dtype, name=name)
 

@@ -180,6 +180,9 @@ class Guard:
         except MemoryError as error:
             text = f"{item.facts['path']}: not enough memory ({error}); make it a tiled TIFF."
             self.fail(item, ImageError(text))
+        except RecursionError as error:
+            text = f"{item.facts['path']}: nested too deeply ({error}); write the file again."
+            self.fail(item, ImageError(text))
 
 
 def filled_of(facts: Facts, pixels: Array) -> Array:
