@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import CheckpointError
 from denoise_core.images import ImageHeader, ImageMetadata, decode
+from denoise_core.pipelines import evaluate
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead, set_data_context
 from denoise_core.pipelines.denoise import _Run
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference
@@ -241,21 +243,46 @@ def test_what_goes_while_it_is_swept_keeps_nothing_else(
     for index in range(5):
         (folder / f"{index}.npy").write_bytes(b"pixels")
     (folder / ".tmp-of-a-killed-write").write_bytes(b"pixels")
-    look, seen = local._look_at, []
+    remove, seen = os.unlink, []
 
-    def look_too_late(item, path):
+    def remove_too_late(path, **options):
         seen.append(path)
+        remove(path, **options)
         if len(seen) == 2:
-            Path(item.path).unlink()
-        return look(item, path)
+            remove(path, **options)
 
-    monkeypatch.setattr(local, "_look_at", look_too_late)
+    monkeypatch.setattr(local.shutil.os, "unlink", remove_too_late)
     run = _Run.__new__(_Run)
     run.storage, run.out = LocalStorage(), str(tmp_path)
     run._sweep("regions")
     run._sweep("of which there is none")
     assert len(seen) == 6
     assert files_below(tmp_path) == []
+
+
+def sweep_denoising(out: Path) -> None:
+    run = _Run.__new__(_Run)
+    run.storage, run.out = LocalStorage(), str(out)
+    run._sweep("work")
+
+
+def sweep_evaluation(out: Path) -> None:
+    evaluate._sweep(SimpleNamespace(config=SimpleNamespace(output=str(out)), options=None))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "folder"), [(sweep_denoising, ".denoise/work"), (sweep_evaluation, ".evaluate")]
+)
+def test_a_sweep_enters_no_link(tmp_path: Path, sweep, folder: str) -> None:
+    home, swept = tmp_path / "home/.ssh", tmp_path / "out" / folder
+    home.mkdir(parents=True)
+    swept.mkdir(parents=True)
+    (home / "key").write_bytes(b"x")
+    (swept / "left.npz").write_bytes(b"x")
+    (swept / "planted").symlink_to(home)
+    sweep(tmp_path / "out")
+    assert (home / "key").exists()
+    assert not swept.exists()
 
 
 @pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError("too large")])

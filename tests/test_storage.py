@@ -214,6 +214,14 @@ class StorageContract:
         storage.delete(join(root, "a.png"))
         assert self.paths(storage.list(root)) == {"b.png"}
 
+    def test_clear(self, storage: Storage, root: str) -> None:
+        kept = {"work.png", "work-2/a", ".state/works", ".state/b"}
+        gone = (".state/work/a", ".state/work/sub/.tmp-b", ".state/work/c.zarr/0/0")
+        self.fill(storage, root, *kept, *gone)
+        for _ in range(2):
+            storage.clear(root, ".state/work")
+            assert self.paths(storage.tree(root)) == kept
+
     def test_a_pickle_holds_no_secret(
         self, storage: Storage, root: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -395,6 +403,27 @@ class TestLocal(StorageContract):
         assert all(uri.encode() and error for uri, error in problems.items())
         with pytest.raises(StorageError):
             list(LocalStorage().list(root))
+
+    @pytest.mark.parametrize("link", [".state/work/x/y", ".state/work", ".state"])
+    def test_clear_enters_no_link(self, root: str, tmp_path: Path, link: str) -> None:
+        (tmp_path / "home/work/x").mkdir(parents=True)
+        (tmp_path / "home/work/x/thesis.tex").write_bytes(b"x")
+        (tmp_path / "linked").symlink_to(root)
+        (Path(root) / link).parent.mkdir(parents=True, exist_ok=True)
+        (Path(root) / link).symlink_to(tmp_path / "home")
+        # An OUT that is a link itself is the user's own word.
+        LocalStorage().clear(str(tmp_path / "linked"), ".state/work")
+        assert (tmp_path / "home/work/x/thesis.tex").exists()
+        assert (Path(root) / ".state/work/x").exists() == (link == ".state")
+
+    def test_clear_tells_what_it_cannot_remove(self) -> None:
+        with as_ordinary_user() as folder:
+            (folder / "work/locked").mkdir(parents=True)
+            (folder / "work/locked/a").write_bytes(b"x")
+            (folder / "work/locked").chmod(0o500)
+            with pytest.raises(AccessDenied, match="permission denied"):
+                LocalStorage().clear(str(folder), "work")
+            (folder / "work/locked").chmod(0o700)
 
     def test_what_is_excluded_is_no_problem(self, root: str) -> None:
         (Path(root) / "gone.png").symlink_to("nowhere")

@@ -11,7 +11,6 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -413,9 +412,7 @@ class _Run:
 
     def _sweep(self, folder: str) -> None:
         """Delete what is of no use once a run is over; killed runs leave some, hidden files too."""
-        with suppress(ObjectNotFound):
-            for entry in list(self.storage.tree(join(self.out, ".denoise", folder))):
-                self.storage.delete(entry.uri)
+        self.storage.clear(self.out, f".denoise/{folder}")
 
     def _plan(self) -> list[str]:
         counts, items = _plan(self.job, self.storage)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from denoise_core.checkpoints import absolute_name
 from denoise_core.config import EvaluateConfig, as_dict
 from denoise_core.devices import NO_GPU
-from denoise_core.errors import ObjectNotFound, RunFailed
+from denoise_core.errors import RunFailed
 from denoise_core.evaluation.methods import (
     choose_filters,
     find_model,
@@ -151,11 +151,7 @@ def _end_work(error: BaseException) -> None:
 def _sweep(plan: Plan) -> None:
     """Delete the examples, also those that killed runs left: the lock says that none is at work."""
     storage = storage_for(plan.config.output, plan.options)
-    try:
-        for entry in list(storage.list(join(plan.config.output, ".evaluate"))):
-            storage.delete(entry.uri)
-    except ObjectNotFound:
-        return
+    storage.clear(plan.config.output, ".evaluate")
 
 
 # --- The driver -------------------------------------------------------------------------------

@@ -209,6 +209,13 @@ class Storage(ABC):
     def delete(self, uri: str) -> None:
         """Remove a file; one that is not there is fine."""
 
+    @abstractmethod
+    def clear(self, root: str, path: str) -> None:
+        """Remove what lies at `path` below `root`, hidden files too; nothing there is fine.
+
+        Nothing behind a link below `root` is touched: someone else may have put it there.
+        """
+
 
 def _matches_any(path: str, patterns: Sequence[str]) -> bool:
     path = _with_lower_suffix(path)

@@ -185,6 +185,22 @@ class LocalStorage(Storage):
         with os_errors(uri), suppress(FileNotFoundError):
             os.unlink(to_path(uri))
 
+    def clear(self, root: str, path: str) -> None:
+        """See `Storage.clear`: links in the folder go; one on the way to it is left alone."""
+        top = os.path.abspath(to_path(root))
+        folder = os.path.join(top, path)
+        steps = [path, *map(str, PurePosixPath(path).parents)][:-1]  # without '.', which is `root`
+        with os_errors(folder):
+            if not any(os.path.islink(os.path.join(top, step)) for step in steps):
+                shutil.rmtree(folder, onerror=_tell_unless_gone)
+
+
+def _tell_unless_gone(_: object, __: str, raised: tuple[object, BaseException, object]) -> None:
+    """Let `rmtree` go on where another process deletes or writes in the folder as well."""
+    error = raised[1]
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTEMPTY)):
+        raise error
+
 
 def _explain_os(error: OSError, uri: str) -> StorageError:
     kind, text = _OS_ERRORS.get(error.errno or 0, (StorageUnavailable, error.strerror or "failed"))

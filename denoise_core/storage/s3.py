@@ -230,6 +230,12 @@ class S3Storage(Storage):
         with self._s3(uri) as client:
             client.delete_object(Bucket=bucket, Key=key)
 
+    def clear(self, root: str, path: str) -> None:
+        """See `Storage.clear`; S3 has no links."""
+        with suppress(ObjectNotFound):
+            for entry in list(self.tree(f"{root.rstrip('/')}/{path}")):
+                self.delete(entry.uri)
+
     def _put(self, uri: str, data: bytes, **conditions: str) -> None:
         bucket, key = _split_s3(uri, key_needed=True)
         with self._s3(uri) as client:
