@@ -1145,6 +1145,43 @@ def test_bombs_are_refused_by_their_header(make: object) -> None:
             call(data, name="bomb")
 
 
+def second_frame(width: int, height: int) -> bytes:
+    """The frame segment of a colour JPEG of this size."""
+    data = save(smooth(3), "jpeg")
+    at = data.index(b"\xff\xc0")
+    return data[at : at + 5] + struct.pack(">HH", height, width) + data[at + 9 : at + 19]
+
+
+@pytest.mark.parametrize("marker", [b"\xff\x01", b"\xff\xd0", b"\xff\xd7"])
+def test_no_frame_hides_behind_a_marker_without_a_length(marker: bytes) -> None:
+    data, hidden = save(smooth(3), "jpeg"), second_frame(60_000, 60_000)
+    before = marker + struct.pack(">H", len(hidden) + 2) + hidden
+    with pytest.raises(CorruptImage, match="damaged header"):
+        read_header(data[:2] + before + data[2:], name="x")
+
+
+def test_a_picture_larger_than_its_header_is_not_unpacked() -> None:
+    data = save(smooth(3), "jpeg")
+    at = data.index(b"\xff\xda")
+    size = f"{smooth(3).shape[1]}x{smooth(3).shape[0]}"
+    with pytest.raises(CorruptImage, match=f"{size} pixels in its header, 16x90 in its picture"):
+        decode(data[:at] + second_frame(16, 90) + data[at:], name="x")
+
+
+def test_tags_that_share_their_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page's and each tag's bytes count, wherever they lie."""
+    tags = [(code, 7, 1000, bytes(1000), True) for code in (65000, 65001)]
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        for _ in range(3):
+            writer.write(smooth(1)[..., 0], extratags=tags, metadata=None, contiguous=False)
+    monkeypatch.setattr("denoise_core.images.tiff.MAX_TAG_BYTES", 6100)
+    assert decode(out.getvalue(), name="x").pixels.shape[2] == 3
+    monkeypatch.setattr("denoise_core.images.tiff.MAX_TAG_BYTES", 5900)
+    with pytest.raises(UnsupportedImage, match="its tags hold more than"):
+        decode(out.getvalue(), name="x")
+
+
 def test_a_windowed_tiff_may_be_larger_than_memory() -> None:
     data = save_tiff(random_array((64, 64), "uint8"), tile=(16, 16))
     assert read_header(data, name="x", max_pixels=100).windowed

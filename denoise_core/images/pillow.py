@@ -67,8 +67,14 @@ def _corrupt(kind: str, name: str, error: Exception) -> CorruptImage:
     )
 
 
-def _load(data: bytes, kind: str, *, name: str) -> tuple[Any, Array]:
+def _load(data: bytes, header: ImageHeader, *, name: str) -> tuple[Any, Array]:
+    kind = header.format
     image = _open(io.BytesIO(data), kind, name=name)
+    # The limit on pixels was held against the header.
+    if image.size != (header.width, header.height):
+        told = f"{header.width}x{header.height} pixels in its header"
+        error = ValueError(f"{told}, {image.width}x{image.height} in its picture")
+        raise _corrupt(kind, name, error)
     try:
         image.load()
     except (OSError, ValueError, SyntaxError, struct.error, IndexError) as error:
@@ -101,6 +107,8 @@ def _dpi(info: dict[str, Any]) -> tuple[float, float] | None:
 
 SOI, EOI, SOS, APP0, APP2, APP14, COM = 0xD8, 0xD9, 0xDA, 0xE0, 0xE2, 0xEE, 0xFE
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Without a length: TEM and the restarts, of which none belongs before a scan.
+BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD8)))
 # In the pixels FF is followed by 0, or a restart.
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 LOSSLESS_FRAMES = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF))
@@ -126,6 +134,8 @@ def _segments(file: BinaryIO, *, name: str) -> Iterator[tuple[int, bytes]]:
             raise CorruptImage(f"{name}: the JPEG has a damaged header; copy or download it again")
         if marker[0] in (SOS, EOI):
             return
+        if marker[0] in BARE_MARKERS:
+            continue
         size = file.read(2)
         length = struct.unpack(">H", size)[0] if len(size) == 2 else 0
         body = file.read(length - 2) if length >= 2 else b""
@@ -155,7 +165,7 @@ def decode_jpeg(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
     """Samples (H, W, 1 or 3) and metadata: tables, subsampling and the APPn and COM segments."""
     from PIL.JpegImagePlugin import get_sampling
 
-    image, samples = _load(data, "jpeg", name=name)
+    image, samples = _load(data, header, name=name)
     segments, lost = _carried_segments(data, name=name)
     native = {
         "segments": [[marker, body] for marker, body in segments],
@@ -310,7 +320,7 @@ def read_webp_header(file: BinaryIO, *, name: str) -> ImageHeader:
 
 def decode_webp(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, ImageMetadata]:
     """Samples (H, W, 3 or 4) and metadata."""
-    image, samples = _load(data, "webp", name=name)
+    image, samples = _load(data, header, name=name)
     if samples.shape[-1] == 4 and not header.has_alpha:
         samples = samples[..., :3]
     exif = _strip_exif(image.info.get("exif"))
@@ -382,7 +392,7 @@ def read_bmp_header(file: BinaryIO, *, name: str) -> ImageHeader:
 
 def decode_bmp(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, ImageMetadata]:
     """Samples (H, W, 1, 3 or 4) and metadata."""
-    image, samples = _load(data, "bmp", name=name)
+    image, samples = _load(data, header, name=name)
     metadata = ImageMetadata(
         format="bmp",
         dtype="uint8",

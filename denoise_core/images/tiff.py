@@ -32,6 +32,8 @@ from denoise_core.images.types import (
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_SEGMENT_BYTES = 1 << 26
 """Decoded size of one tile or strip up to which windows are worth it."""
+MAX_TAG_BYTES = 1 << 26
+"""Most bytes of all carried tags of all pages: tags that point to one place cost a file nothing."""
 
 MINISWHITE, MINISBLACK, RGB, YCBCR = 0, 1, 2, 6
 ASSOCIATED_ALPHA = 1
@@ -388,7 +390,7 @@ def _plane_layout(series: Any) -> tuple[tuple[int, ...], int]:
 
 def _metadata(tif: Any, header: ImageHeader, *, name: str) -> ImageMetadata:
     series, page = tif.series[0], tif.series[0].keyframe
-    tag_sets, lost = _tag_sets(tif, series)
+    tag_sets, lost = _tag_sets(tif, series, name=name)
     if len(series.levels) > 1 or page.subifds:
         lost.append("tiff:pyramid levels and sub-images")
     if len(tif.series) > 1:
@@ -428,7 +430,7 @@ def _layout(tif: Any, series: Any, page: Any) -> dict[str, Any]:
     }
 
 
-def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
+def _tag_sets(tif: Any, series: Any, *, name: str) -> tuple[list[list[list[Any]]], list[str]]:
     """Raw (code, type, count, bytes) of the tags of every page that has a directory."""
     sets: list[list[list[Any]]] = []
     # Pages are written in the order of the series, which OME-XML may tell by their old numbers.
@@ -437,6 +439,7 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
     lost = ["tiff:OME-XML", f"tiff:axes {series.axes}"] if moved else _foreign(series)
     left_out = {*STRUCTURE_TAGS, *RESOLUTION_TAGS, *FOREIGN_TAGS.get(series.kind, ())}
     resolutions: list[dict[int, Any]] = []
+    room = MAX_TAG_BYTES
     for page in series.pages:
         tags = []
         found = page.aspage().tags if page is not None else None
@@ -448,6 +451,12 @@ def _tag_sets(tif: Any, series: Any) -> tuple[list[list[list[Any]]], list[str]]:
             elif moved and tag.code == exif_block.DESCRIPTION:
                 continue
             elif tag.code not in left_out:
+                room -= tag.valuebytecount
+                if room < 0:
+                    raise UnsupportedImage(
+                        f"{name}: its tags hold more than {MAX_TAG_BYTES >> 20} MiB beside the "
+                        "picture; expected less: save it without them"
+                    )
                 tags.append([tag.code, int(tag.dtype), tag.count, _tag_bytes(tif, tag)])
         sets.append(tags)
         if found is not None:
