@@ -412,6 +412,22 @@ def test_an_archive_with_anything_else_in_it_is_refused(files, tmp_path, name, n
     assert [each.name for each in tmp_path.iterdir()] == ["evil.keras"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.weights.h5"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_unpack_without_a_limit_are_refused(files, tmp_path, name, method):
+    path = tmp_path / "bomb.keras"
+    with (
+        zipfile.ZipFile(files[0] / "free.keras") as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for each in old.namelist():
+            packing = method if each == name else zipfile.ZIP_DEFLATED
+            new.writestr(each, old.read(each), packing)
+    refused(path, f"packs '{name}' by method {method}; expected")
+    with pytest.raises(CheckpointError, match="expected none or deflate"):
+        reading.clean_copy(path, path.read_bytes(), tmp_path)
+
+
 @pytest.mark.parametrize("ending", ["keras", "h5"])
 def test_a_pickle_in_place_of_a_file_or_of_weights_is_refused(
     files, tmp_path, ending, nothing_runs

@@ -145,11 +145,22 @@ def _zipped_config(path: Path) -> bytes:
                 "own layers, and nothing of a file is unpacked or run but its layers and weights; "
                 "save the model again by model.save('x.keras')."
             )
+        _refuse_packing(path, archive)
         if archive.getinfo("config.json").file_size > CONFIG_BYTES:
             raise CheckpointError(f"{path}: its configuration is larger than 64 MiB.")
         if sum(archive.getinfo(name).file_size for name in names) > MODEL_BYTES:
             raise CheckpointError(f"{path}: unpacks to more than {MODEL_BYTES >> 30} GiB.")
         return archive.read("config.json")
+
+
+def _refuse_packing(path: Path, archive: zipfile.ZipFile) -> None:
+    """Of bzip2 and LZMA zipfile unpacks a whole block at once, however small the size told."""
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError(
+                f"{path}: packs {member.filename!r} by method {member.compress_type}; expected "
+                "none or deflate, as Keras packs: save the model again by model.save('x.keras')."
+            )
 
 
 def _hdf5_config(path: Path) -> bytes | None:
@@ -358,6 +369,7 @@ def clean_copy(path: Path, data: bytes, folder: Path) -> Path:
     copy = folder / f"model{path.suffix.lower()}"
     if path.suffix.lower() == ".keras":
         with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(copy, "w") as target:
+            _refuse_packing(path, source)
             model = _config_of(path, source.read("config.json"))
             weights = source.read("model.weights.h5")
             _check(path, model)
