@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import pytest
 from flaky import FlakyProxy
 
@@ -532,6 +533,17 @@ class TestS3(StorageContract):
         # A server that refuses an object for the folder is asked again and again.
         assert time.monotonic() - started < 5
         assert [entry.path for entry in storage.list(root)] == ["run/two/a"]
+
+    @pytest.mark.parametrize("path", ["../../escaped", "a/../../b", "a\nb", "/etc/passwd"])
+    def test_pyarrow_lists_no_key_that_leads_elsewhere(self, path: str) -> None:
+        def listing(_: Any) -> list[Any]:
+            return [pyarrow.fs.FileInfo(f"bucket/run/{each}") for each in ("checkpoint", path)]
+
+        handler = FolderlessHandler(None)
+        handler.__dict__["_s3"] = types.SimpleNamespace(get_file_info=listing)
+        system = pyarrow.fs.PyFileSystem(handler)
+        with pytest.raises(OSError, match=r"^s3://bucket/run/.*: it has"):
+            system.get_file_info(pyarrow.fs.FileSelector("bucket/run", recursive=True))
 
     def test_missing_bucket(self, s3_server: Any, tmp_path: Path) -> None:
         (tmp_path / "f").write_bytes(b"x")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.fs
 
-from denoise_core.storage.base import StorageOptions
+from denoise_core.storage.base import StorageOptions, path_problem, printable
 from denoise_core.storage.s3 import S3Storage, server
 
 
@@ -51,8 +51,16 @@ class FolderlessHandler(pyarrow.fs.FileSystemHandler):
         return self._s3.get_file_info(paths)
 
     def get_file_info_selector(self, selector: Any) -> Any:
-        """Describe what is below a folder."""
-        return self._s3.get_file_info(selector)
+        """Describe what is below a folder. Raises OSError for a key that no path below it can be.
+
+        pyarrow copies such a key to where it points, outside the folder that is written to.
+        """
+        found = self._s3.get_file_info(selector)
+        base = f"{selector.base_dir.rstrip('/')}/"
+        for each in found:
+            if problem := path_problem(each.path.removeprefix(base)):
+                raise OSError(f"s3://{printable(each.path)}: {problem}")
+        return found
 
     def create_dir(self, path: str, recursive: bool) -> None:
         """Do nothing: S3 has no folders."""
