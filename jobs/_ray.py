@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from denoise_core.errors import RunFailed
@@ -45,6 +47,7 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     _join(ray)
+    _hide_token()
     # Ray has put a handler of its own in place, one that aborts.
     end_on_sigterm()
 
@@ -84,6 +87,19 @@ def _join(ray: Any) -> None:
             raise RunFailed(
                 f"Ray {where} could not be started or joined ({type(error).__name__}: {reason})."
             ) from error
+
+
+def _hide_token() -> None:
+    """Keep Ray's token to its owner: Ray writes it with the umask's mode, mostly for all to read.
+
+    Who has it runs code as this user, on any machine that reaches this Ray's ports.
+    """
+    # There is no token, its file system takes no modes, or this user has no home (RuntimeError).
+    with suppress(OSError, RuntimeError):
+        path = Path.home() / ".ray" / "auth_token"
+        info = path.lstat()
+        if stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and info.st_mode & 0o077:
+            path.chmod(0o600)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_paths_that_cannot_work_are_refused_and_leave_nothing(
 
 
 @pytest.fixture
-def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+def ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Exception]:
     """What Ray's starts raise, one after the other; those that are left were not made."""
     import ray
 
@@ -194,6 +195,7 @@ def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(_ray, "end_on_sigterm", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return errors
 
 
@@ -225,6 +227,25 @@ def test_a_local_ray_that_was_too_slow_to_start_is_started_again(
     ray_starts += [late, late]
     with pytest.raises(RunFailed, match=r"on this machine .* node timed out during startup"):
         start_ray()
+
+
+@pytest.mark.usefixtures("ray_starts")
+def test_the_token_of_ray_is_for_its_owner_alone(tmp_path: Path) -> None:
+    from jobs._ray import start_ray
+
+    start_ray()
+    token, shared = tmp_path / "home/.ray/auth_token", tmp_path / "shared"
+    token.parent.mkdir(parents=True)
+    for file in (token, shared):
+        file.write_text("secret")
+        file.chmod(0o644)
+    start_ray()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    # A link is somebody's own arrangement.
+    token.unlink()
+    token.symlink_to(shared)
+    start_ray()
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o644
 
 
 def test_fault_of_the_program_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
