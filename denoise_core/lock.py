@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from denoise_core.errors import OutputLocked, RunFailed, StorageError
-from denoise_core.storage import Storage, join
+from denoise_core.storage import Storage, join, printable
 
 HEARTBEAT_S = 10.0
 DEAD_AFTER_S = 60.0
@@ -90,12 +90,14 @@ def _content(run_id: str) -> bytes:
 
 
 def _holder(storage: Storage, uri: str) -> dict[str, Any] | None:
+    """What the lock file says, its names fit for a terminal: whoever can write OUT writes them."""
     if storage.stat(uri) is None:
         return None
     try:
         held: dict[str, Any] = json.loads(storage.read(uri))
         held["heartbeat"] = float(held["heartbeat"])
-        return {"run_id": "unknown", **held}
+        held = {"run_id": "unknown", "host": "an unknown host", **held}
+        return held | {name: printable(str(held[name])) for name in ("run_id", "host")}
     except (ValueError, KeyError, TypeError):
         return {"run_id": "unknown", "heartbeat": 0.0}
     except StorageError:

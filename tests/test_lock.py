@@ -68,6 +68,19 @@ def test_run_that_beats_again_is_alive(
     assert clock.waited < 15
 
 
+def test_names_in_a_lock_file_send_nothing_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[])
+    held = {"run_id": "\x1b[2J", "host": "a\nb\x9b", "heartbeat": clock.start}
+    clock.path.parent.mkdir()
+    clock.path.write_text(json.dumps(held))
+    with pytest.raises(OutputLocked, match=r"run \\x1b\[2J on a\\nb\\x9b is at work"):
+        lock._take(LocalStorage(), str(tmp_path), run_id="mine")
+    clock.path.write_text(json.dumps({**held, "heartbeat": 0}))
+    assert lock._take(LocalStorage(), str(tmp_path), run_id="mine").taken_from == r"\x1b[2J"
+
+
 @pytest.mark.parametrize("age", [20.0, -20.0])
 def test_fresh_lock_is_respected_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
