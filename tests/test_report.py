@@ -323,7 +323,7 @@ def test_tone_map_stretches_dark_16_bit_and_picks_a_channel() -> None:
 
 def test_example_shows_both_images(tmp_path: Path) -> None:
     pair = noise_pair(tmp_path, "a.png", (600, 500, 3))
-    shown = read_example(row("a.png", **pair), None)
+    shown = read_example(row("a.png", **pair), None, out=str(tmp_path / "out"))
     assert shown.note == ""
     assert shown.before.startswith("data:image/jpeg;base64,"), "noise is large as PNG"
     assert shown.after.startswith("data:image/png;base64,"), "flat is small as PNG"
@@ -336,38 +336,71 @@ def test_example_shows_a_raster_without_its_no_data(
 ) -> None:
     if tile:
         monkeypatch.setattr("denoise_core.report.examples.WHOLE_PIXELS", 10)
-    uris = {}
+    uris, images = {}, tmp_path / "out/images"
+    images.mkdir(parents=True)
     for kind, noise in (("source_uri", 0.1), ("output_uri", 0.0)):
         band = np.full((200, 200), 0.5, np.float32)
         band += np.random.default_rng(0).normal(0, noise, band.shape).astype(np.float32)
         band[:90] = np.nan
-        uris[kind] = str(tmp_path / f"{kind}.tif")
+        uris[kind] = str(images / f"{kind}.tif")
         tifffile.imwrite(uris[kind], band, tile=tile, extratags=[(42113, 2, None, "nan", True)])
     made = row("a.tif", width=200, height=200, channels=1, data_range=[0.0, 1.0], **uris)
-    example = read_example(made, None)
+    example = read_example(made, None, out=str(tmp_path / "out"))
     assert (example.note, bool(example.before), bool(example.after)) == ("", True, True)
 
 
 def test_example_is_a_note_where_there_is_no_picture(tmp_path: Path) -> None:
     pair = noise_pair(tmp_path, "a.png", (40, 50))
-    gone = read_example(row("a.png", **{**pair, "source_uri": str(tmp_path / "gone.png")}), None)
-    assert "no longer there" in gone.note
-    huge = read_example(row("a.png", **pair, width=40_000, height=40_000), None)
-    assert "1,600 Mpx" in huge.note
+
+    def note(**values: Any) -> str:
+        return read_example(
+            row("a.png", **{**pair, **values}), None, out=str(tmp_path / "out")
+        ).note
+
+    assert "no longer there" in note(source_uri=str(tmp_path / "gone.png"))
+    assert "1,600 Mpx" in note(width=40_000, height=40_000)
     picture(Path(pair["source_uri"]), np.zeros((10, 10), np.uint8))
-    assert "has changed since the run" in read_example(row("a.png", **pair), None).note
+    assert "has changed since the run" in note()
     Path(pair["source_uri"]).write_bytes(b"")
-    assert read_example(row("a.png", **pair), None).note.startswith("No preview: ")
+    assert note().startswith("No preview: ")
+
+
+def test_a_row_is_not_trusted_to_name_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = noise_pair(tmp_path, "a.png", (40, 50))
+    private = picture(tmp_path / "home/private.png", np.zeros((40, 50), np.uint8))
+    images = tmp_path / "out/images"
+    (images / "link.png").symlink_to(private)
+
+    def note(output: str, *, out: str = str(tmp_path / "out"), source: str = "") -> str:
+        uris = {"source_uri": source or pair["source_uri"], "output_uri": output}
+        return read_example(row("a.png", **uris), None, out=out).note
+
+    outside = "No preview: the row names a file outside this output."
+    up = images / "../../home/private.png"
+    for uri in (private, f"file://{private}", str(up), str(images / "link.png"), "s3://b/a.png"):
+        assert note(uri) == outside
+    # OUT by another of its names, and a relative one.
+    (tmp_path / "alias").symlink_to("out")
+    monkeypatch.chdir(tmp_path)
+    for out in ("out", "alias", "out/", (tmp_path / "alias").as_uri()):
+        assert note(pair["output_uri"], out=out) == ""
+    # Nothing of S3 is read for a row that names this machine's files.
+    for uri in (pair["output_uri"], "s3://b/out/images/../../a.png", "s3://b/out/images-2/a.png"):
+        assert note(uri, out="s3://b/out", source="s3://b/a.png") == outside
+    assert "file of one machine" in note("s3://b/out/images/a.png", out="s3://b/out")
 
 
 def test_huge_tiled_tiff_is_read_in_a_window(tmp_path: Path) -> None:
-    uris = {}
+    uris, images = {}, tmp_path / "out/images"
+    images.mkdir(parents=True)
     for key, value in (("source_uri", 90), ("output_uri", 100)):
-        uris[key] = str(tmp_path / f"{key}.tif")
+        uris[key] = str(images / f"{key}.tif")
         pixels = np.full((1024, 1280, 3), value, np.uint8)
         tifffile.imwrite(uris[key], pixels, tile=(256, 256), photometric="rgb")
     claimed = {"width": 12_000, "height": 12_000}
-    shown = read_example(row("a.tif", **uris, **claimed), None)
+    shown = read_example(row("a.tif", **uris, **claimed), None, out=str(tmp_path / "out"))
     assert shown.note == ""
     assert shown.crop == f"384 × 384 at {(1280 - CROP) // 2}, {(1024 - CROP) // 2}"
 

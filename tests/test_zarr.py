@@ -652,7 +652,7 @@ def test_the_job_writes_zarrs_like_their_sources(job: Path) -> None:
 
 @pytest.mark.ray
 def test_the_report_shows_a_crop(job: Path) -> None:
-    example = read_example(by_name(job / "out")["big.ome.zarr"], None)
+    example = read_example(by_name(job / "out")["big.ome.zarr"], None, out=str(job / "out"))
     assert example.before.startswith("data:image/"), example.note
     assert example.crop.startswith("384 × 384")
     assert "big.ome.zarr" in (job / "out/report.html").read_text()

@@ -33,7 +33,8 @@ def build_report(
     rows that lie in the journal of a run at work or a killed one count too. `run` is what run.json
     is yet to hold, by default what it holds.
     `examples` is the number of images shown before and after, one half the best, one the worst.
-    An example whose files are gone, damaged or too large becomes a note on the page.
+    An example whose files are gone, damaged or too large becomes a note on the page; so does one
+    whose output is no file below OUT/images, as in a moved OUT.
 
     Keys of the summary (sigmas in 1/255 of the data range, PSNR in dB, `null` where unknown):
     `schema_version, program_version, generated_at, out, finished, images {total, ok, copied,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from denoise_core.errors import DenoiseError, ObjectNotFound
 from denoise_core.report.rows import OK, Floats, Survey
 from denoise_core.report.summary import derived
-from denoise_core.storage import StorageOptions, is_bundle, storage_for
+from denoise_core.storage import StorageOptions, is_bundle, join, storage_for, to_path
+from denoise_core.storage.base import path_problem
 
 CROP = 384
 """Side of an example in pixels: three of them side by side fill the page at 1:1."""
@@ -73,9 +75,15 @@ def _two_ends(
     return best, worst
 
 
-def read_example(row: dict[str, Any], options: StorageOptions | None) -> Example:
-    """Read this row's two images and cut the crop; never raises for what is wrong with them."""
+def read_example(row: dict[str, Any], options: StorageOptions | None, *, out: str) -> Example:
+    """Read this row's two images and cut the crop; never raises for what is wrong with them.
+
+    Rows are not trusted to name files: whoever can write to `out` writes them, and the page shows
+    what the reader of the report alone may see.
+    """
     try:
+        if refusal := _refusal(row["source_uri"] or "", row["output_uri"] or "", out=out):
+            return Example(row, note=f"No preview: {refusal}")
         return _cut_example(row, options)
     except ObjectNotFound:
         return Example(row, note="No preview: the input or the output is no longer there.")
@@ -83,10 +91,31 @@ def read_example(row: dict[str, Any], options: StorageOptions | None) -> Example
         return Example(row, note=f"No preview: {error}")
 
 
+def _refusal(source: str, output: str, *, out: str) -> str:
+    """Why these files of a row are not opened, "" where they are."""
+    if not source or not output:
+        return "the row names no input or no output."
+    if not _lies_below(output, join(out, "images")):
+        return "the row names a file outside this output."
+    if _is_s3(out) and not _is_s3(source):
+        return "the input is a file of one machine, the output on S3."
+    return ""
+
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def _lies_below(uri: str, folder: str) -> bool:
+    if _is_s3(uri) or _is_s3(folder):
+        return uri.startswith(f"{folder}/") and not path_problem(uri.removeprefix(f"{folder}/"))
+    # A folder may have two names, and a link in it may lead out of it.
+    top = os.path.realpath(to_path(folder))
+    return os.path.realpath(to_path(uri)).startswith(f"{top}/")
+
+
 def _cut_example(row: dict[str, Any], options: StorageOptions | None) -> Example:
     source, output = row["source_uri"], row["output_uri"]
-    if not source or not output:
-        return Example(row, note="No preview: the row names no input or no output.")
     # A deep stack counts as so many pixels of four channels.
     pixels = (row["height"] or 0) * (row["width"] or 0) * max(1, (row["channels"] or 1) / 4)
     crops: _Crops | None

@@ -48,16 +48,16 @@ def render(
         charts=draw_charts(survey),
         plot={"width": WIDTH, "height": HEIGHT, "top": TOP, "bottom": BOTTOM},
         settings=_settings(run),
-        galleries=_galleries(table, survey, options=options, count=examples),
+        galleries=_galleries(table, survey, summary["out"], options=options, count=examples),
         **_tables(table, survey),
     )
 
 
 def _galleries(
-    table: Table, survey: Survey, *, options: StorageOptions | None, count: int
+    table: Table, survey: Survey, out: str, *, options: StorageOptions | None, count: int
 ) -> list[tuple[str, str, list[Example]]]:
     return [
-        (label, by, [read_example(row, options) for row in table.take(numbers)])
+        (label, by, [read_example(row, options, out=out) for row in table.take(numbers)])
         for label, by, numbers in rank(survey, count)
     ]
 

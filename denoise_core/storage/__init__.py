@@ -52,6 +52,7 @@ __all__ = [
     "join",
     "printable",
     "storage_for",
+    "to_path",
 ]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
