@@ -32,7 +32,7 @@ from denoise_core.images.types import (
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_SEGMENT_BYTES = 1 << 26
 """Decoded size of one tile or strip up to which windows are worth it."""
-MAX_TAG_BYTES = 1 << 26
+MAX_TAG_BYTES = 1 << 28
 """Most bytes of all carried tags of all pages: tags that point to one place cost a file nothing."""
 
 MINISWHITE, MINISBLACK, RGB, YCBCR = 0, 1, 2, 6
