@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tifffile
 from helpers import picture
 
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
-from denoise_core.images import data_range
+from denoise_core.images import data_range, read_header, valid
 from denoise_core.pipelines.stages import float_range
 from denoise_core.results import Done
 from denoise_core.storage import expand
@@ -95,12 +97,20 @@ def test_output_is_known_by_whatever_link(tmp_path: Path) -> None:
     assert not Own(str(tmp_path / "o")).holds(str(tmp_path / "o/images2/x.png"))
 
 
-def test_range_of_a_float_image_read_in_regions_is_that_of_the_whole(tmp_path: Path) -> None:
-    geometry = Geometry(patch=256, halo=16, stride=2)
-    for scale in (1.0, 4095.0):
-        values = (picture(700, 800, 1) * scale).astype(np.float32)
-        path = tmp_path / f"{scale}.tif"
-        tifffile.imwrite(path, values[..., 0], tile=(128, 128))
-        with path.open("rb") as file:
-            got = float_range(file, geometry.regions(700, 800, region=256), name="x")
-        assert got == data_range(values)
+@pytest.mark.parametrize("scale", [1.0, 4095.0])
+@pytest.mark.parametrize("nodata", [None, -9999.0, math.nan])
+def test_range_of_a_float_image_read_in_regions_is_that_of_the_whole(
+    tmp_path: Path, scale: float, nodata: float | None
+) -> None:
+    values = (picture(700, 800, 1) * scale).astype(np.float32)
+    tags = []
+    if nodata is not None:
+        # One region has nothing else.
+        values[:300, :300] = nodata
+        tags = [(42113, 2, None, f"{nodata:g}", True)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, values[..., 0], tile=(128, 128), extratags=tags)
+    regions = Geometry(patch=256, halo=16, stride=2).regions(700, 800, region=256)
+    with path.open("rb") as file:
+        got = float_range(file, read_header(file, name="x"), regions, name="x")
+    assert got == data_range(valid(values, nodata))
