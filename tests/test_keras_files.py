@@ -264,13 +264,39 @@ def test_a_loaded_model_is_the_saved_one_in_float32(files, name):
     np.testing.assert_allclose(got, np.float32(expected), atol=5e-3 if half else 1e-6)
 
 
-@pytest.mark.parametrize("name", ["keras2-layers", "keras2-nested"])
+@pytest.mark.parametrize("name", ["keras2-layers.h5", "keras2-nested.h5", "keras2-mixed.keras"])
 def test_files_of_keras_2_give_what_keras_2_gave(name):
-    """Written and run by tf_keras 2.21: groups, alpha, nested models and batch_input_shape."""
-    expected = np.load(DATA / "keras2.npz")[name]
+    """Written and run by tf_keras 2.21: groups, alpha, nested models and batch_input_shape.
+
+    The .keras computed in mixed_float16 and was compared in float32; its normalization has a list
+    of axes.
+    """
+    expected = np.load(DATA / "keras2.npz")[Path(name).stem]
     batch = np.random.default_rng(0).random(expected.shape, dtype=np.float32)
-    got = load_model(DATA / f"{name}.h5")(batch)
+    got = load_model(DATA / name)(batch)
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_policy_of_keras_2_in_hdf5_is_float32(tmp_path):
+    policy = '"dtype": {"class_name": "Policy", "config": {"name": "mixed_float16"}}'
+    path = edited(
+        DATA / "keras2-layers.h5",
+        tmp_path / "mixed.h5",
+        lambda text: text.replace('"dtype": "float32", "filters"', f'{policy}, "filters"'),
+    )
+    batch = np.random.default_rng(0).random((1, 16, 16, 1), dtype=np.float32)
+    expected = np.load(DATA / "keras2.npz")["keras2-layers"]
+    np.testing.assert_allclose(load_model(path)(batch), expected, atol=1e-6)
+    with h5py.File(path) as file:
+        assert "mixed_float16" in file.attrs["model_config"]
+
+
+def test_the_first_bytes_decide_how_a_file_is_read(files, tmp_path):
+    """Up to TensorFlow 2.11 a .keras was HDF5."""
+    batch = np.random.default_rng(0).random((1, 24, 24, 1), dtype=np.float32)
+    shutil.copy(files[0] / "free.h5", tmp_path / "free.keras")
+    got = load_model(tmp_path / "free.keras")(batch)
+    np.testing.assert_allclose(got, files[1]["free.h5"](batch), atol=1e-6)
 
 
 def test_missing_channel_axes_and_flat_outputs_are_reshaped(tmp_path):
@@ -490,6 +516,52 @@ def test_a_configuration_that_needs_code_or_makes_no_images_is_refused(
         files[0] / "free.keras", tmp_path / "x.keras", lambda text: text.replace(old, new)
     )
     refused(path, match)
+
+
+def of_keras(path, version):
+    """Change the version of Keras that wrote a file, in place; with None it does not say."""
+    says = {} if version is None else {"keras_version": version}
+    if path.suffix == ".keras":
+        old = path.rename(path.with_name("old"))
+        return rewritten(old, path, **{"metadata.json": json.dumps(says)})
+    with h5py.File(path, "r+") as file:
+        del file.attrs["keras_version"]
+        file.attrs.update(says)
+    return path
+
+
+@pytest.mark.parametrize("name", ["keras2-layers.h5", "keras2-mixed.keras"])
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('0, 0, {}]]]', '0, 0, {"training": true}]]]', "with training=True; Keras 3 would drop"),
+        ('"activation": "linear"', '"activation": "hard_sigmoid"', r"is 0.2x\+0.5; in Keras 3"),
+    ],
+)  # fmt: skip
+def test_what_keras_3_would_read_otherwise_is_refused_of_keras_2(tmp_path, name, old, new, match):
+    path = edited(DATA / name, tmp_path / name, lambda text: text.replace(old, new, 1))
+    refused(path, match)
+    refused(of_keras(path, None), match)
+    off = edited(DATA / name, path, lambda text: text.replace(old, new.replace("true", "false")))
+    if "training" in new:
+        assert describe(off).channels == 1
+
+
+def test_hard_sigmoid_of_keras_3_is_its_own(files, tmp_path):
+    for name in ("free.keras", "free.h5"):
+        path = edited(
+            files[0] / name, tmp_path / name, lambda text: text.replace('"relu"', '"hard_sigmoid"')
+        )
+        assert np.isfinite(load_model(path)(np.zeros((1, 8, 8, describe(path).channels)))).all()
+
+
+def test_a_class_of_keras_2_is_taken_for_a_model_alone(tmp_path):
+    path = edited(
+        DATA / "keras2-mixed.keras",
+        tmp_path / "x.keras",
+        lambda text: text.replace('"module": "keras.layers"', '"module": "tf_keras.src.layers"'),
+    )
+    refused(path, "holds 'InputLayer'")
 
 
 def test_keras_2_operations_and_weights_alone_are_refused(files, tmp_path):

@@ -56,6 +56,10 @@ GONE = {
     "DepthwiseConv2D": {"groups"},
     "SeparableConv2D": {"groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"},
 }
+# Modules of Keras 2 that only a model itself names; Keras 3 has none of them.
+ENGINES = ("tf_keras.", "keras.engine.", "keras.src.engine.")
+FUNCTIONAL = "keras.src.models.functional"
+ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 FLOATS = {"float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16"}
 
 Config = dict[str, Any]
@@ -77,9 +81,13 @@ class Description:
 
 def describe(path: Path) -> Description:
     """Check a file and read its input shape, without TensorFlow. Raises CheckpointError."""
-    model = _config_of(path, _opened(path))
+    data, version = _opened(path)
+    model = _config_of(path, data)
     try:
-        return _described(path, model)
+        found = _described(path, model)
+        if version < 3:
+            _check_meanings(path, model)
+        return found
     except (TypeError, AttributeError, ValueError, LookupError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its configuration is damaged ({type(error).__name__}: {error}); save the "
@@ -118,19 +126,26 @@ def read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _opened(path: Path) -> bytes | None:
-    """Return the configuration's bytes. Raises CheckpointError where there is none."""
+def _opened(path: Path) -> tuple[bytes | None, int]:
+    """Return the configuration's bytes, if any, and the version of the Keras that wrote them.
+
+    Raises CheckpointError for a file that is none of Keras.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(8)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    zipped = path.suffix.lower() == ".keras"
-    if not head.startswith(b"PK\x03\x04" if zipped else b"\x89HDF\r\n\x1a\n"):
-        kind = "zip archive as Keras writes .keras" if zipped else "HDF5 file as Keras writes .h5"
-        raise CheckpointError(f"{path}: is no {kind}; save the model again by model.save(...).")
+    # By the first bytes and not by the ending: up to TensorFlow 2.11 a .keras was HDF5.
+    if not head.startswith((ZIP, HDF5)):
+        raise CheckpointError(
+            f"{path}: is neither a zip archive nor an HDF5 file, as Keras writes .keras and .h5; "
+            "save the model again by model.save(...)."
+        )
     try:
-        return _zipped_config(path) if zipped else _hdf5_config(path)
+        if head.startswith(ZIP):
+            return _zipped_config(path), _major(_zipped_version(path))
+        return _hdf5_config(path), _major(_hdf5_version(path))
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: is damaged ({error}).") from error
 
@@ -161,6 +176,25 @@ def _refuse_packing(path: Path, archive: zipfile.ZipFile) -> None:
                 f"{path}: packs {member.filename!r} by method {member.compress_type}; expected "
                 "none or deflate, as Keras packs: save the model again by model.save('x.keras')."
             )
+
+
+def _zipped_version(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive, archive.open("metadata.json") as member:
+        metadata = json.loads(member.read(1 << 16))
+    return metadata.get("keras_version") if isinstance(metadata, dict) else None
+
+
+def _hdf5_version(path: Path) -> Any:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return file.attrs.get("keras_version")
+
+
+def _major(version: Any) -> int:
+    """Return 3 for '3.15.1', and 0 where a file does not say its version."""
+    text = version.decode() if isinstance(version, bytes) else str(version or 0)
+    return int(text.split(".")[0])
 
 
 def _hdf5_config(path: Path) -> bytes | None:
@@ -228,6 +262,7 @@ def _check(path: Path, model: Config) -> None:
         name, config = found["class_name"], found.get("config")
         module = found.get("module") or "keras"
         own = isinstance(module, str) and (module == "keras" or module.startswith("keras."))
+        own = own or (name == "Functional" and str(module).startswith(ENGINES))
         registered = found.get("registered_name") in (None, name)
         if not (own and registered and name in KNOWN):
             label = config.get("name") if isinstance(config, dict) else None
@@ -237,6 +272,35 @@ def _check(path: Path, model: Config) -> None:
                 f"{path}: its layers are channels_first; expected (height, width, channels): build "
                 "the model with data_format='channels_last' and save it again."
             )
+
+
+def _check_meanings(path: Path, model: Config) -> None:
+    """Raise CheckpointError for what a file of Keras 2 says and Keras 3 reads as something else."""
+    for found in _objects(model):
+        config = found.get("config")
+        label = config.get("name") if isinstance(config, dict) else None
+        label = found.get("name") or label or found["class_name"]
+        if any(call.get("training") for call in _calls(found.get("inbound_nodes"))):
+            raise CheckpointError(
+                f"{path}: was saved by Keras 2, in which its layer {label!r} is called with "
+                "training=True; Keras 3 would drop that and give other pixels: build the model "
+                "without it, load its weights and save it again."
+            )
+        if isinstance(config, dict) and config.get("activation") == "hard_sigmoid":
+            raise CheckpointError(
+                f"{path}: was saved by Keras 2, in which hard_sigmoid of its layer {label!r} is "
+                "0.2x+0.5; in Keras 3 it is x/6+0.5 and gives other pixels: train the model with "
+                "another activation, such as sigmoid."
+            )
+
+
+def _calls(node: Any) -> Iterator[Config]:
+    """Yield the named arguments of all calls in `inbound_nodes` of Keras 2."""
+    if isinstance(node, dict):
+        yield node
+    elif isinstance(node, list):
+        for value in node:
+            yield from _calls(value)
 
 
 def _refusal(path: Path, name: str, label: str) -> str:
@@ -313,13 +377,21 @@ def _clean(node: Any) -> Any:
         return [_clean(value) for value in node]
     if not isinstance(node, dict):
         return node
+    if node.get("class_name") in ("DTypePolicy", "Policy"):
+        return "float32"
     node = {key: _clean(value) for key, value in node.items() if key != "compile_config"}
     if isinstance(node.get("dtype"), str) and node["dtype"] in FLOATS:
         node["dtype"] = "float32"
     name, config = node.get("class_name"), node.get("config")
-    if name in ("DTypePolicy", "Policy"):
-        node["config"] = {"name": "float32"}
-    elif isinstance(config, dict):
+    if name == "Functional" and "module" in node:
+        node["module"] = FUNCTIONAL
+    if isinstance(config, dict):
+        # Keras 3 knows it of HDF5 alone, where no layer says its module.
+        if name != "InputLayer" and "module" in node:
+            config.pop("batch_input_shape", None)
+        axis = config.get("axis")
+        if name == "BatchNormalization" and isinstance(axis, list) and len(axis) == 1:
+            config["axis"] = axis[0]
         for key in GONE.get(str(name), ()):
             config.pop(key, None)
         if name == "LeakyReLU" and "alpha" in config:
@@ -366,8 +438,9 @@ def _references(node: Any) -> Iterator[list[Any]]:
 
 def clean_copy(path: Path, data: bytes, folder: Path) -> Path:
     """Write what is loaded of a file: its cleaned configuration and its weights."""
-    copy = folder / f"model{path.suffix.lower()}"
-    if path.suffix.lower() == ".keras":
+    zipped = data.startswith(ZIP)
+    copy = folder / ("model.keras" if zipped else "model.h5")
+    if zipped:
         with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(copy, "w") as target:
             _refuse_packing(path, source)
             model = _config_of(path, source.read("config.json"))
