@@ -563,6 +563,30 @@ def test_the_bottleneck_of_a_users_model_is_found(build: Any):
     assert encoder.output.shape[-1] in (4, 16, 11)
 
 
+def test_a_nested_model_called_with_a_list_is_taken_apart():
+    import keras
+    from keras import layers
+
+    noisy, given = keras.Input((8, 8, 1)), keras.Input((8, 8, 1))
+    narrow = layers.Conv2D(1, 2, strides=2, name="narrow")(given)
+    inner = keras.Model(given, layers.Conv2DTranspose(1, 2, strides=2)(narrow))
+    assert encoder_of(keras.Model(noisy, inner([noisy])), stride=2).layers[-1].name == "narrow"
+
+
+def test_a_model_that_cannot_be_taken_apart_has_no_code(tmp_path: Path):
+    import keras
+    from keras import layers
+
+    noisy = keras.Input((8, 8, 1))
+    twice = keras.Sequential([layers.Conv2D(2, 3, padding="same"), layers.Conv2D(1, 1)])
+    model = keras.Model(noisy, twice(twice(noisy)))
+    with pytest.raises(ValueError, match="not connected"):
+        encoder_of(model, stride=1)
+    model.save(tmp_path / "twice.keras")
+    checkpoint = load_checkpoint(str(tmp_path / "twice.keras"), measure=False)
+    assert Coder.of(checkpoint, stride=1) is None
+
+
 def test_a_model_that_never_narrows_has_no_code(tmp_path: Path):
     residual(12).save(tmp_path / "wide.keras")
     checkpoint = load_checkpoint(str(tmp_path / "wide.keras"), measure=False)

@@ -157,11 +157,15 @@ class Coder:
 
     @staticmethod
     def of(checkpoint: Checkpoint, *, stride: int) -> Coder | None:
-        """Build it; None for a model without a bottleneck."""
+        """Build it; None for a model without a bottleneck, or one that cannot be taken apart."""
         import tensorflow as tf
 
         model = checkpoint.build()
-        encoder = encoder_of(model, stride=stride)
+        try:
+            encoder = encoder_of(model, stride=stride)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            # Such as a nested model applied twice: it denoises well, and codes are an extra.
+            return None
         if encoder is None:
             return None
         # Traced once for all sizes: called eagerly, a small model takes 20 ms for a digit.
@@ -216,7 +220,7 @@ def encoder_of(model: Any, *, stride: int) -> Any | None:
 
     def call(layer: Any, *inputs: Any, **more: Any) -> Any:
         if isinstance(layer, keras.Model) and len(layer.inputs) == len(layer.outputs) == 1:
-            walk(layer, inputs[0])
+            walk(layer, keras.tree.flatten(inputs)[0])
             return found[-1]
         before = [crossed[id(x)] for x in keras.tree.flatten((inputs, more)) if id(x) in crossed]
         output = layer(*inputs, **more)
