@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "input_size": (lambda v: _are((int,), v, low=1), "[height, width] in pixels"),
     "channels": (lambda v: _are((int,), [v], low=1, count=1), "a whole number from 1"),
+    "least_side": (lambda v: _are((int,), [v], low=0, count=1), "a whole number from 0"),
     "break_even_sigma": (_is_level, "a number from 0"),
     "break_even_residual": (_is_level, "a number from 0"),
 }

@@ -28,7 +28,7 @@ import numpy as np
 
 from denoise_core.checkpoints import Checkpoint
 from denoise_core.devices import bound_kernels, choose_precision, import_tensorflow
-from denoise_core.errors import UsageError
+from denoise_core.errors import ImageError, UsageError
 from denoise_core.images import data_range, to_dtype
 from denoise_core.patches import (
     NO_CONTEXT,
@@ -78,13 +78,14 @@ class Geometry:
     """Patch core, halo and stride in pixels, resolved for one model.
 
     `input_size` (h, w) is the window of a network that takes no other; then `patch` is what the
-    halo leaves of its shorter side.
+    halo leaves of its shorter side. No window has a side under `least`, a multiple of `stride`.
     """
 
     patch: int
     halo: int
     stride: int
     input_size: tuple[int, int] | None = None
+    least: int = 0
 
     def regions(self, height: int, width: int, *, region: int | None = None) -> list[Region]:
         """Cut an image of that size; see `tiling.regions`."""
@@ -98,7 +99,13 @@ class Geometry:
                 region=region,
             )
         return regions(
-            height, width, core=self.patch, halo=self.halo, stride=self.stride, region=region
+            height,
+            width,
+            core=self.patch,
+            halo=self.halo,
+            stride=self.stride,
+            least=self.least,
+            region=region,
         )
 
 
@@ -108,8 +115,9 @@ def resolve_geometry(
     """Turn the words 'auto' and 'exact' into pixels by the model's card.
 
     A patch of 'auto' is the largest of AUTO_PATCHES whose batch of one fits into half of
-    `memory_bytes`. A network of one size has one patch: its size less two halos. Raises UsageError
-    for a patch that is no multiple of the model's total stride or not that of its size.
+    `memory_bytes`; it and the default are rounded up to a multiple of the model's total stride. A
+    network of one size has one patch: its size less two halos. Raises UsageError for another patch
+    that is no multiple of the stride, or not that of the model's size.
     """
     stride = int(card["total_stride"])
     names = {"auto": card["default_halo"], "exact": card["exact_halo"]}
@@ -126,9 +134,12 @@ def resolve_geometry(
         core = fits[0] if fits else AUTO_PATCHES[-1]
     else:
         core = int(patch)
+    if patch in ("auto", DEFAULT_PATCH):
+        core = round_up(core, stride)
     if core % stride:
         raise UsageError(f"--patch {core}: the model needs a multiple of {stride}.")
-    return Geometry(core, round_up(pixels, stride), stride)
+    least = round_up(card.get("least_side", 0), stride)
+    return Geometry(core, round_up(pixels, stride), stride, least=least)
 
 
 def _network_bytes(card: dict[str, Any], side: int) -> int:
@@ -212,10 +223,13 @@ class Denoiser:
         shape = tf.TensorSpec((None, *sides, self._channels), tf.float32)
         self._model = tf.function(model, input_signature=[shape, tf.TensorSpec((4,), tf.int32)])
         self._constant = tf.constant
+        # Our own models take every window that they are given.
+        foreign = checkpoint.card.get("architecture") == "keras-file"
+        self._refusals = (tf.errors.InvalidArgumentError,) if foreign else ()
 
     def warm_up(self) -> None:
         """Trace and run the model once, so that the first image does not wait for it."""
-        side = 4 * self.geometry.stride
+        side = max(4 * self.geometry.stride, self.geometry.least)
         sides = self.geometry.input_size or (side, side)
         self.predict(np.zeros((1, *sides, self._channels), np.float32))
 
@@ -227,12 +241,26 @@ class Denoiser:
         """Run the bare model on (N, h, w, C) float32, [0, 1] as black and white.
 
         h and w are multiples of the model's stride or, where it has one, its input size. The result
-        has the pixels of `context` less on each side.
+        has the pixels of `context` less on each side. Raises ImageError for windows that a user's
+        model does not take, or does not give back in their own size.
         """
         if not self._alone or len(batch) == 1:
-            return self._model(self._constant(batch), self._constant(context)).numpy()
+            return self._run(batch, context)
         singles = [batch[place : place + 1] for place in range(len(batch))]
         return np.concatenate(list(self._map(lambda one: self.predict(one, context), singles)))
+
+    def _run(self, batch: Array, context: Context) -> Array:
+        _, height, width, _ = batch.shape
+        top, bottom, left, right = context
+        try:
+            result: Array = self._model(self._constant(batch), self._constant(context)).numpy()
+        except self._refusals as error:
+            text = " ".join(str(error).split())[:200]
+            raise ImageError(_too_small(height, width, f"fails on it ({text})")) from error
+        if result.shape[1:3] != (height - top - bottom, width - left - right):
+            made = f"makes {result.shape[1]}x{result.shape[2]} of it"
+            raise ImageError(_too_small(height, width, made))
+        return result
 
     def _map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
         return map(function, items) if self._pool is None else self._pool.map(function, items)
@@ -322,6 +350,14 @@ def _untouched(part: Part) -> Array:
     y, x = part.origin
     core = part.pixels[y0 - y : y1 - y, x0 - x : x1 - x]
     return to_dtype(core, part.dtype, part.low, part.high).copy()
+
+
+def _too_small(height: int, width: int, what: str) -> str:
+    return (
+        f"a window of {height}x{width} pixels: the model {what}; expected its own size back. The "
+        "image, or its last patch, is smaller than the model can take: use convolutions with "
+        "padding='same', or larger images."
+    )
 
 
 def in_unit_range(model: Any, card: dict[str, Any]) -> Callable[[Any], Any]:

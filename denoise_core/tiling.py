@@ -90,32 +90,35 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def split(length: int, *, core: int, halo: int, stride: int) -> tuple[Tile, ...]:
+def split(length: int, *, core: int, halo: int, stride: int, least: int = 0) -> tuple[Tile, ...]:
     """Cut an axis of `length` pixels to tiles with cores of `core` pixels.
 
-    `core` and `halo` are rounded up to multiples of `stride`. An axis of at most two cores stays
-    whole: cutting it would cost two halos and save nothing. A last core that would fit into the
-    halo behind its neighbour is merged with it. Windows of a cut axis have few lengths, so that
-    patches of many images stack: core + halo, core + 2 halo and shorter multiples of STEP.
+    `core` and `halo` are rounded up to multiples of `stride`. No window is shorter than `least`, a
+    multiple of `stride`; that of a shorter axis reaches beyond its end. An axis of at most two
+    cores stays whole: cutting it would cost two halos and save nothing. A last core that would fit
+    into the halo behind its neighbour is merged with it. Windows of a cut axis have few lengths, so
+    that patches of many images stack: core + halo, core + 2 halo and shorter multiples of STEP.
     """
     if length < 1 or core < 1 or halo < 0:
         raise ValueError(f"split({length}, core={core}, halo={halo}): sizes must be positive")
     core, halo = round_up(core, stride), round_up(halo, stride)
-    padded = round_up(length, stride)
-    if length <= max(2 * core, core + 2 * halo):
+    padded, step = max(round_up(length, stride), least), round_up(STEP, stride)
+    if length <= max(2 * core, core + 2 * halo, round_up(least, step)):
         return (Tile(0, length, 0, padded),)
     starts = list(range(0, length, core))
     if length - starts[-1] <= halo:
         starts.pop()
     stops = [*starts[1:], length]
     return tuple(
-        _tile(start, stop, padded=padded, core=core, halo=halo, step=round_up(STEP, stride))
+        _tile(start, stop, padded=padded, core=core, halo=halo, step=step, least=least)
         for start, stop in zip(starts, stops, strict=True)
     )
 
 
-def _tile(start: int, stop: int, *, padded: int, core: int, halo: int, step: int) -> Tile:
-    needed = min(padded, stop + halo) - max(0, start - halo)
+def _tile(
+    start: int, stop: int, *, padded: int, core: int, halo: int, step: int, least: int
+) -> Tile:
+    needed = max(least, min(padded, stop + halo) - max(0, start - halo))
     sizes = (round_up(needed, step), core + halo, core + 2 * halo)
     size = min(size for size in sizes if size >= needed)
     first = min(max(0, start - halo), padded - size)
@@ -145,11 +148,18 @@ def split_fixed(length: int, *, size: int, halo: int, stride: int) -> tuple[Tile
 
 
 def regions(
-    height: int, width: int, *, core: int, halo: int, stride: int, region: int | None = None
+    height: int,
+    width: int,
+    *,
+    core: int,
+    halo: int,
+    stride: int,
+    least: int = 0,
+    region: int | None = None,
 ) -> list[Region]:
     """Cut an image to regions of whole patches, `region` pixels a side or, with None, to one."""
-    rows = split(height, core=core, halo=halo, stride=stride)
-    columns = split(width, core=core, halo=halo, stride=stride)
+    rows = split(height, core=core, halo=halo, stride=stride, least=least)
+    columns = split(width, core=core, halo=halo, stride=stride, least=least)
     return _group(rows, columns, count=None if region is None else max(1, region // core))
 
 

@@ -427,6 +427,15 @@ def test_a_model_sees_the_range_of_its_card(sized, low, high):
     np.testing.assert_allclose(got / 65535, expected, atol=1e-5)
 
 
+def test_a_patch_that_nobody_gave_is_rounded_up_to_the_stride():
+    card = {"total_stride": 3, "default_halo": 4, "exact_halo": 9, "arguments": {"channels": 3}}
+    assert resolve_geometry(card, patch="256", halo="auto") == Geometry(258, 6, 3)
+    assert resolve_geometry(card, patch="auto", halo="auto").patch == 513
+    assert resolve_geometry(card, patch="99", halo="auto").patch == 99
+    with pytest.raises(UsageError, match=r"--patch 512: the model needs a multiple of 3"):
+        resolve_geometry(card, patch="512", halo="auto")
+
+
 def test_geometry_of_one_input_size():
     assert resolve_geometry(DENSE_CARD, patch="256", halo="auto") == Geometry(16, 0, 4, SIZE)
     assert resolve_geometry(DENSE_CARD, patch="auto", halo="3") == Geometry(8, 4, 4, SIZE)

@@ -24,7 +24,7 @@ from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.devices import NO_GPU
-from denoise_core.errors import UnsupportedImage, UsageError
+from denoise_core.errors import ImageError, UnsupportedImage, UsageError
 from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
 from denoise_core.evaluation.methods import (
@@ -738,6 +738,32 @@ def test_stages_and_what_they_leave(tmp_path: Path):
     assert warned.count("off loses") == 3
     assert "same loses" not in warned
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_an_image_that_a_model_does_not_take_is_a_failed_row_and_no_other(tmp_path: Path):
+    for name, side in (("a.png", 60), ("b.png", 40), ("c.png", 70)):
+        write_png(tmp_path / "in" / name, clean_picture(side, side, 1))
+
+    class Choosy(FakeModel):
+        def denoise(self, noisy: Sequence[np.ndarray]) -> list[np.ndarray]:
+            if any(len(each) < 50 for each in noisy):
+                raise ImageError("smaller than the model can take")
+            return super().denoise(noisy)
+
+    evaluate_here(
+        config(tmp_path / "in", output=str(tmp_path / "out"), baselines=("none",)),
+        [Choosy("choosy", 0.1), FakeModel("off", 0.5)],
+        ["gaussian:25"],
+    )
+    told = {
+        (row["image"], row["method"]): row["error_message"]
+        for row in rows_of(tmp_path / "out")
+        if row["method"] != "identity"
+    }
+    assert len(told) == 6
+    failed = {key: text for key, text in told.items() if text}
+    assert list(failed) == [("b.png", "choosy")]
+    assert "smaller than the model can take" in failed["b.png", "choosy"]
 
 
 def test_gpus_that_tensorflow_does_not_see_are_told_once(monkeypatch: pytest.MonkeyPatch):

@@ -22,8 +22,8 @@ from scipy import ndimage
 
 from denoise_core import keras_files
 from denoise_core.checkpoints import load_checkpoint
-from denoise_core.denoiser import Denoiser, resolve_geometry
-from denoise_core.errors import CheckpointError, UsageError
+from denoise_core.denoiser import Denoiser, Geometry, resolve_geometry
+from denoise_core.errors import CheckpointError, ImageError, UsageError
 from denoise_core.keras_files import describe, load_model, measuring, reading
 from denoise_core.keras_files.receptive import measure
 
@@ -331,6 +331,64 @@ def test_its_checkpoint_denoises_in_its_range_and_in_float32(files):
             high - low
         )
         np.testing.assert_allclose(got / 255, expected, atol=1e-5)
+
+
+def valid_net(kernel):
+    """Without padding: three convolutions, and three that give back the pixels which those took.
+
+    With a kernel of 3 it makes 8x8 pixels of whatever lies in memory of 2, 4 or 6, and fails at 5.
+    """
+    import keras
+    from keras import layers
+
+    x = noisy = keras.Input((None, None, 1))
+    for kind in (layers.Conv2D,) * 3 + (layers.Conv2DTranspose,) * 3:
+        x = kind(1, kernel, kernel_initializer=keras.initializers.Constant(kernel**-2))(x)
+    return keras.Model(noisy, x)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_images_too_small_for_a_net_without_padding_are_mirrored(tmp_path, kernel):
+    """With a kernel of 5, even the 11x13 cells of the first try are too small."""
+    model, path = valid_net(kernel), tmp_path / "valid.keras"
+    model.save(path)
+    figures = measuring.measure_file(path, (0.0, 1.0))
+    radius = 3 * (kernel - 1)
+    least = radius + 1
+    assert (figures["least_side"], figures["exact_halo"]) == (least, radius)
+    assert f"takes {least} pixels a side or more" in figures["notes"][0]
+    checkpoint = load_checkpoint(str(path), measure=False)
+    checkpoint.card.update(figures)
+    denoiser = Denoiser(checkpoint)
+    denoiser.warm_up()
+    for height, width in ((1, 1), (2, 5), (4, 40), (least, least)):
+        image = np.random.default_rng(0).random((height, width, 1), dtype=np.float32)
+        (got,) = denoiser.denoise([image])
+        missing = [(0, max(0, least - side)) for side in (height, width)]
+        padded = np.pad(image, (*missing, (0, 0)), mode="symmetric")
+        expected = np.asarray(model(padded[None]))[0, :height, :width]
+        assert expected.max() > 1e-5
+        np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("side", "match"), [(4, "makes 8x8 of it"), (5, "fails on it")])
+def test_a_window_that_does_not_come_back_is_an_image_error(tmp_path, side, match):
+    valid_net(3).save(tmp_path / "valid.keras")
+    checkpoint = load_checkpoint(str(tmp_path / "valid.keras"), measure=False)
+    denoiser = Denoiser(checkpoint, geometry=Geometry(256, 6, 1))
+    with pytest.raises(ImageError, match=f"{side}x{side} pixels: the model {match}.*smaller than"):
+        denoiser.denoise([np.zeros((side, side, 1), np.float32)])
+
+
+def test_cells_of_pixels_moved_to_channels_are_a_stride(tmp_path):
+    import keras
+    from keras import layers
+
+    noisy = keras.Input((None, None, 1))
+    x = layers.Conv2D(4, 3, padding="same")(keras.ops.space_to_depth(noisy, 2))
+    keras.Model(noisy, keras.ops.depth_to_space(x, 2)).save(tmp_path / "cells.keras")
+    assert describe(tmp_path / "cells.keras").strides == (1, 2)
+    assert measuring.measure_file(tmp_path / "cells.keras", (0.0, 1.0))["total_stride"] == 2
 
 
 def test_a_file_that_changed_is_refused(files, tmp_path):

@@ -36,6 +36,21 @@ def test_windows_hold_core_and_halo_and_start_on_the_stride(length, core, halo, 
         assert tile.last == padded or tile.last - tile.stop >= halo
 
 
+@given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES, count=st.integers(1, 40))
+def test_no_window_is_shorter_than_the_least(length, core, halo, stride, count):
+    least = count * stride
+    tiles = split(length, core=core, halo=halo, stride=stride, least=least)
+    assert [tiles[0].start, tiles[-1].stop] == [0, length]
+    assert [tile.stop for tile in tiles[:-1]] == [tile.start for tile in tiles[1:]]
+    end = max(round_up(length, stride), least)
+    for tile in tiles:
+        assert tile.length >= least
+        assert tile.length % stride == tile.first % stride == 0
+        assert 0 <= tile.first <= tile.start < tile.stop <= tile.last <= end
+        assert tile.first == 0 or tile.start - tile.first >= halo
+        assert tile.last == end or tile.last - tile.stop >= halo
+
+
 @given(length=LENGTHS, core=CORES, halo=HALOS, stride=STRIDES)
 def test_cut_axes_have_few_window_lengths_and_pay_for_little_more_than_they_need(
     length, core, halo, stride

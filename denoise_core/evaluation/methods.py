@@ -134,7 +134,8 @@ class Model:
         self.source = source
         self.denoiser = Denoiser(checkpoint, geometry=source.geometry, precision=precision)
         self.denoiser.warm_up()
-        self.coder = Coder.of(checkpoint, stride=source.geometry.stride)
+        least = source.geometry.least
+        self.coder = Coder.of(checkpoint, stride=source.geometry.stride, least=least)
 
     def denoise(self, noisy: Sequence[Array]) -> list[Array]:
         """Denoise images; the results are float32, neither clipped nor rounded."""
@@ -145,18 +146,18 @@ class Coder:
     """The part of a model up to its bottleneck: images to vectors."""
 
     def __init__(
-        self, encoder: Callable[[Array], Any], card: dict[str, Any], *, stride: int
+        self, encoder: Callable[[Array], Any], card: dict[str, Any], *, stride: int, least: int = 0
     ) -> None:
         self.encoder = encoder
         self.channels = int(card["arguments"].get("channels", 3))
-        self.stride = stride
+        self.stride, self.least = stride, least
         low, high = card.get("data_range") or (0.0, 1.0)
         self.low, self.high = float(low), float(high)
         size = card.get("input_size")
         self.size = (int(size[0]), int(size[1])) if size else None
 
     @staticmethod
-    def of(checkpoint: Checkpoint, *, stride: int) -> Coder | None:
+    def of(checkpoint: Checkpoint, *, stride: int, least: int = 0) -> Coder | None:
         """Build it; None for a model without a bottleneck, or one that cannot be taken apart."""
         import tensorflow as tf
 
@@ -171,7 +172,7 @@ class Coder:
         # Traced once for all sizes: called eagerly, a small model takes 20 ms for a digit.
         shape = tf.TensorSpec((None, *model.inputs[0].shape[1:]), tf.float32)
         traced = tf.function(lambda x: encoder(x, training=False), input_signature=[shape])
-        return Coder(traced, checkpoint.card, stride=stride)
+        return Coder(traced, checkpoint.card, stride=stride, least=least)
 
     def code(self, noisy: Array) -> Array:
         """Return float32 (D,): the code of the centre of (H, W, C); feature maps are averaged.
@@ -189,7 +190,7 @@ class Coder:
     def _side(self, length: int, axis: int) -> int:
         if self.size is not None:
             return self.size[axis]
-        wanted = min(length, CODE_SIDE)
+        wanted = max(self.least, min(length, CODE_SIDE))
         # Rounded up for small images, so that nothing of a 28x28 digit is cut away.
         return -(-wanted // self.stride) * self.stride
 

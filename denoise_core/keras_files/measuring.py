@@ -29,7 +29,7 @@ from denoise_core.storage import cache_folder
 from denoise_core.tiling import round_up
 
 # A new way of measuring makes earlier figures void.
-MEASUREMENT = 1
+MEASUREMENT = 2
 MEASURE_S = 1800
 # Ranges that models are trained on, and by how much another one must be better to be spoken of.
 RANGES = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))
@@ -42,7 +42,7 @@ Figures = dict[str, Any]
 def figures_of(
     path: Path, digest: str, bounds: tuple[float, float], *, tell: Callable[[str], None]
 ) -> Figures:
-    """Return total_stride, default_halo, exact_halo and notes: kept, or from a process.
+    """Return total_stride, default_halo, exact_halo, least_side and notes: kept, or from a process.
 
     `tell` hears a sentence before a measurement begins.
     """
@@ -87,7 +87,7 @@ def _measure_apart(path: Path, bounds: str) -> subprocess.CompletedProcess[bytes
 
 def _figures(data: bytes) -> Figures:
     table = json.loads(data)
-    names = ("total_stride", "default_halo", "exact_halo")
+    names = ("total_stride", "default_halo", "exact_halo", "least_side")
     return {**{name: int(table[name]) for name in names}, "notes": [str(n) for n in table["notes"]]}
 
 
@@ -115,20 +115,27 @@ def measure_file(path: Path, bounds: tuple[float, float]) -> Figures:
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    notes = found.note, _range_note(model, description, found, bounds)
+    notes = found.note, _least_note(found), _range_note(model, description, found, bounds)
     return {
         "total_stride": found.stride,
         "default_halo": found.default_halo,
         "exact_halo": found.exact_halo,
+        "least_side": found.least,
         "notes": [note for note in notes if note],
     }
+
+
+def _least_note(found: Receptive) -> str:
+    if found.least <= found.stride:
+        return ""
+    return f"It takes {found.least} pixels a side or more; smaller images are mirrored up to that."
 
 
 def _range_note(
     model: Any, description: Description, found: Receptive, bounds: tuple[float, float]
 ) -> str:
     """Return a sentence where the model denoises a made picture better in another usual range."""
-    side = round_up(96, found.stride)
+    side = round_up(max(96, found.least), found.stride)
     height, width = description.input_size or (side, side)
     clean = smooth_picture(height, width)[None, ..., None].repeat(description.channels, axis=3)
     noise = np.random.default_rng(0).normal(0, NOISE, clean.shape)

@@ -49,7 +49,14 @@ PARTS = """
     DTypePolicy Policy TensorShape __keras_tensor__ __tuple__ __slice__ __ellipsis__
 """
 KNOWN = frozenset(f"{LAYERS} {OPERATIONS} {PARTS}".split())
-DOWN = {"Conv2D", "SeparableConv2D", "DepthwiseConv2D", "MaxPooling2D", "AveragePooling2D"}
+DOWN = {
+    "Conv2D",
+    "SeparableConv2D",
+    "DepthwiseConv2D",
+    "MaxPooling2D",
+    "AveragePooling2D",
+    "SpaceToDepth",
+}
 # What Keras 2 wrote for some layers, without meaning there, and Keras 3 does not know.
 GONE = {
     "Conv2DTranspose": {"groups"},
@@ -364,7 +371,8 @@ def _strides(model: Config) -> tuple[int, ...]:
     for layer in _objects(model):
         config = layer.get("config")
         if layer["class_name"] in DOWN and isinstance(config, dict):
-            step = config.get("strides") or config.get("pool_size") or 1
+            keys = ("strides", "pool_size", "block_size")
+            step = next((config[key] for key in keys if config.get(key)), 1)
             total *= math.lcm(*(step if isinstance(step, list) else [int(step)]))
     if total == 0:
         raise ValueError("a stride of 0")

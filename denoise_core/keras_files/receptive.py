@@ -38,12 +38,16 @@ CELLS = (11, 13)
 
 @dataclass(frozen=True, slots=True)
 class Receptive:
-    """What was measured, in pixels; `note` is a sentence where no halo makes patches equal."""
+    """What was measured, in pixels; `note` is a sentence where no halo makes patches equal.
+
+    `least` is the shortest side of an image that comes back in its own shape, of any size; else 0.
+    """
 
     stride: int
     default_halo: int
     exact_halo: int
     note: str = ""
+    least: int = 0
 
 
 def smooth_picture(height: int, width: int) -> Array:
@@ -71,30 +75,54 @@ def measure(
 
 
 def _measure_free(probe: _Probe, strides: Sequence[int]) -> Receptive:
-    taken = [stride for stride in strides if probe.takes(CELLS[0] * stride, CELLS[1] * stride)]
-    if not taken:
-        height, width = (cells * strides[-1] for cells in CELLS)
-        raise CheckpointError(
-            f"the model does not give images of {height}x{width} pixels back in their own "
-            "shape; expected padding 'same' and as much up- as downsampling."
-        )
-    for stride in taken:
-        radius = _free_radius(probe, stride)
+    taken = _taken(probe, strides)
+    for stride, height in taken.items():
+        least = probe.least(stride, height)
+        radius = _free_radius(probe, stride, least)
         if radius is None:
             break
-        side = round_up(2 * radius, stride) + 6 * stride
+        side = max(least, round_up(2 * radius, stride) + 6 * stride)
         if probe.repeats((side, side), stride=stride, radius=radius):
             exact = round_up(radius, stride)
-            halo, _ = _least_halo(probe, None, stride=stride, most=exact)
-            return Receptive(stride, halo, exact)
-    halo, seam = _least_halo(probe, None, stride=taken[-1], most=MOST_HALO)
+            halo, _ = _least_halo(probe, None, stride=stride, most=exact, least=least)
+            return Receptive(stride, halo, exact, least=least)
+    stride, height = list(taken.items())[-1]
+    least = probe.least(stride, height)
+    halo, seam = _least_halo(probe, None, stride=stride, most=MOST_HALO, least=least)
     note = f"A pixel depends on the whole input, however large. {_remaining(halo, seam)}".strip()
-    return Receptive(taken[-1], halo, halo, note)
+    return Receptive(stride, halo, halo, note, least)
 
 
-def _free_radius(probe: _Probe, stride: int) -> int | None:
+def _taken(probe: _Probe, strides: Sequence[int]) -> dict[int, int]:
+    """Return the strides at which images come back in their own shape, each with a height that did.
+
+    Larger images are tried only where none do: convolutions without padding need some pixels.
+    """
+    for pixels in (0, *WINDOWS[:3]):
+        sizes = {
+            stride: _cells(stride, pixels)
+            for stride in strides
+            if not pixels or CELLS[0] * stride < pixels
+        }
+        taken = {stride: size[0] for stride, size in sizes.items() if probe.takes(*size)}
+        if taken:
+            return taken
+    height, width = _cells(strides[-1], 0)
+    raise CheckpointError(
+        f"the model does not give images of {height}x{width} pixels back in their own shape, nor "
+        f"larger ones up to {WINDOWS[2]}; expected padding 'same' and as much up- as downsampling."
+    )
+
+
+def _cells(stride: int, pixels: int) -> tuple[int, int]:
+    """Return (h, w) of an odd number of cells, CELLS or more, of at least `pixels`."""
+    count = max(CELLS[0], -(-pixels // stride) | 1)
+    return count * stride, (count + CELLS[1] - CELLS[0]) * stride
+
+
+def _free_radius(probe: _Probe, stride: int, least: int) -> int | None:
     for window in WINDOWS:
-        side = round_up(max(window, 8 * stride), stride)
+        side = round_up(max(window, 8 * stride, least), stride)
         radius = probe.radius((side, side), stride)
         if radius is not None:
             return radius
@@ -128,7 +156,7 @@ def _measure_fixed(probe: _Probe, size: tuple[int, int], strides: Sequence[int])
 
 
 def _least_halo(
-    probe: _Probe, size: tuple[int, int] | None, *, stride: int, most: int
+    probe: _Probe, size: tuple[int, int] | None, *, stride: int, most: int, least: int = 0
 ) -> tuple[int, float]:
     """Return the least halo whose seams are invisible, and its seam in units of the range.
 
@@ -138,7 +166,7 @@ def _least_halo(
     """
 
     def seam(halo: int) -> float:
-        side = round_up(32, stride) + 2 * halo
+        side = round_up(max(32, least), stride) + 2 * halo
         return probe.seam(size or (side, side), halo=halo, stride=stride)
 
     halos = [*range(0, most, round_up(STEP, stride)), most]
@@ -170,6 +198,16 @@ class _Probe:
         """Return whether an input of that size comes back in its own shape."""
         result = self.predict(np.zeros((1, height, width, self.channels), np.float32))
         return result is not None and result.shape == (1, height, width, self.channels)
+
+    def least(self, stride: int, height: int) -> int:
+        """Return the least side that comes back in its own shape, as `height` and all between do.
+
+        Smaller ones may come back larger, filled with whatever lay in memory.
+        """
+        counts = range(1, height // stride)
+        takes = [stride * count for count in counts]
+        place = bisect.bisect_left(takes, True, key=lambda side: self.takes(side, side))
+        return (place + 1) * stride
 
     def run(self, batch: Array) -> Array:
         """Predict; a size that is not taken was asked for by mistake."""

@@ -284,16 +284,26 @@ class RunModels:
         noisy: list[Array],
         noise: str,
     ) -> None:
+        told = {
+            "kind": "model",
+            "model_hash": model.source.hash,
+            "method": model.source.label,
+            "noise": noise,
+        }
         started = time.perf_counter()
-        outputs = model.denoise(noisy)
+        try:
+            outputs = model.denoise(noisy)
+        except ImageError as error:
+            if len(group) == 1:
+                failed = self.bench.failed(group[0][0], error, **told)
+                notes.rows.setdefault(group[0][0].name, []).append(failed)
+                return
+            # Each alone, so that only the culprit fails.
+            for pair, start in zip(group, noisy, strict=True):
+                self._measure(notes, model, [pair], [start], noise)
+            return
         spent = (time.perf_counter() - started) * 1e3 / len(group)
         for (shot, picture), values, start in zip(group, outputs, noisy, strict=True):
-            told = {
-                "kind": "model",
-                "model_hash": model.source.hash,
-                "method": model.source.label,
-                "noise": noise,
-            }
             try:
                 result = measure(values, picture.clean, picture.scale)
             except ImageError as error:
