@@ -7,6 +7,7 @@ import io
 import json
 import marshal
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,26 @@ def test_another_range_in_which_it_denoises_is_suggested(tmp_path):
     assert measuring.measure_file(tmp_path / "bytes.keras", (0.0, 255.0))["notes"] == []
 
 
+def test_a_model_that_gives_the_noise_or_harms_is_told(tmp_path):
+    import keras
+    from keras import layers
+
+    def notes_of(model, bounds):
+        model.save(tmp_path / "model.keras")
+        return measuring.measure_file(tmp_path / "model.keras", bounds)["notes"]
+
+    noisy = keras.Input((None, None, 1))
+    mean = layers.AveragePooling2D(3, 1, padding="same")(noisy)
+    noise = keras.Model(noisy, layers.Subtract()([noisy, mean]))
+    for bounds in ((0.0, 1.0), (-1.0, 1.0)):
+        (note,) = notes_of(noise, bounds)
+        assert "makes a made picture worse" in note
+        assert "seems to give the noise and not the picture" in note
+        assert notes_of(keras.Model(noisy, mean), bounds) == []
+    (note,) = notes_of(keras.Model(noisy, layers.Rescaling(0.1)(mean)), (0.0, 1.0))
+    assert re.search(r"worse \(\d\.\d dB than 20\.\d dB\): is it trained.*--model-range", note)
+
+
 # What is measured
 
 
@@ -224,6 +245,17 @@ def test_a_radius_that_leaves_no_core_is_stated_and_not_the_default():
     assert found.exact_halo == 20
     assert found.default_halo <= 16
     assert "With" in found.note
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 16)])
+def test_a_stride_of_the_whole_window_leaves_seams_that_are_said_to_be_unknown(size):
+    found = measure(
+        lambda batch: coarse(batch, 8), channels=1, input_size=size, strides=(1, 2, 4, 8)
+    )
+    assert found.stride == 8
+    assert "of 8 is a whole side of its window: patches share no pixel" in found.note
+    wide = measure(lambda b: coarse(b, 8), channels=1, input_size=(48, 48), strides=(1, 2, 4, 8))
+    assert wide.note == ""
 
 
 def test_what_gives_nan_is_refused():
@@ -311,6 +343,32 @@ def test_missing_channel_axes_and_flat_outputs_are_reshaped(tmp_path):
     got = load_model(tmp_path / "flat.keras")(batch)
     expected = keras.Model(noisy, flat)(batch[..., 0])
     np.testing.assert_allclose(got, np.reshape(expected, batch.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "output", "taken"),
+    [
+        ((8, 8, 4), (16, 16, 1), False),
+        ((8, 6, 1), (6, 8, 1), False),
+        ((8, 8, 1), (4, 4, 4), False),
+        ((8, 6, 3), (144,), True),
+        ((8, 6, 3), (1, 1, 144), True),
+        ((8, 6, 3), (48, 3), True),
+        ((8, 6, 1), (8, 6), True),
+    ],
+)
+def test_only_what_is_in_the_order_of_pixels_is_reshaped(tmp_path, shape, output, taken):
+    import keras
+
+    given = keras.Input(shape)
+    model, path = keras.Model(given, keras.layers.Reshape(output)(given)), tmp_path / "x.keras"
+    model.save(path)
+    batch = np.random.default_rng(0).random((2, *shape), dtype=np.float32)
+    if taken:
+        np.testing.assert_array_equal(load_model(path)(batch), batch)
+        return
+    with pytest.raises(CheckpointError, match="expected a model whose output has the shape of its"):
+        load_model(path)
 
 
 def test_its_checkpoint_denoises_in_its_range_and_in_float32(files):

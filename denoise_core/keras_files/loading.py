@@ -54,7 +54,7 @@ def _as_images(path: Path, model: Any, description: Description) -> Any:
     if size is None:
         if len(outputs) == 4 and outputs[-1] == channels:
             return model
-    elif None not in outputs[1:] and math.prod(outputs[1:]) == math.prod(image):
+    elif _is_image(tuple(outputs[1:]), size, channels):
         given = keras.Input(image)
         shaped = given if description.has_channel_axis else keras.layers.Reshape(size)(given)
         return keras.Model(given, keras.layers.Reshape(image)(model(shaped)))
@@ -62,3 +62,12 @@ def _as_images(path: Path, model: Any, description: Description) -> Any:
         f"{path}: makes {tuple(outputs[1:])} of {image}; expected a model whose output has the "
         "shape of its input."
     )
+
+
+def _is_image(output: tuple[int | None, ...], size: tuple[int, int], channels: int) -> bool:
+    """Return whether an output holds the values of an image in their order: flat, or by pixels."""
+    height, width = size
+    by_pixels = ((height, width), (height, width, channels), (height * width, channels))
+    flat = sum(side != 1 for side in output) <= 1
+    whole = math.prod(side or 0 for side in output) == height * width * channels
+    return whole and (flat or output in by_pixels)

@@ -134,26 +134,57 @@ def _least_note(found: Receptive) -> str:
 def _range_note(
     model: Any, description: Description, found: Receptive, bounds: tuple[float, float]
 ) -> str:
-    """Return a sentence where the model denoises a made picture better in another usual range."""
+    """Return a sentence where the model makes a made picture worse, or is better in another range.
+
+    Of all usual ranges; where its result looks like the noise, the sentence says that.
+    """
     side = round_up(max(96, found.least), found.stride)
     height, width = description.input_size or (side, side)
     clean = smooth_picture(height, width)[None, ..., None].repeat(description.channels, axis=3)
     noise = np.random.default_rng(0).normal(0, NOISE, clean.shape)
     noisy = (clean + noise).astype(np.float32)
-
-    def psnr(pair: tuple[float, float]) -> float:
-        result = _predict(model, pair)(noisy)
-        error = np.inf if result is None else float(np.mean((result - clean) ** 2))
-        return -10 * float(np.log10(error + 1e-12))
-
-    own, best = psnr(bounds), max(RANGES, key=psnr)
-    if psnr(best) < max(own + RANGE_DB, -20 * np.log10(NOISE)):
+    results = {pair: _predict(model, pair)(noisy) for pair in (bounds, *RANGES)}
+    psnr = {pair: _psnr(result, clean) for pair, result in results.items()}
+    best, before = max(RANGES, key=psnr.__getitem__), _psnr(noisy, clean)
+    if max(psnr.values()) < before:
+        worse = f"It makes a made picture worse ({psnr[bounds]:.1f} dB than {before:.1f} dB)"
+        subtract = _noise_note(results, noisy, clean)
+        return f"{worse}{subtract or ': is it trained, and for values of --model-range?'}"
+    if psnr[best] < max(psnr[bounds] + RANGE_DB, before):
         return ""
     return (
         f"It removes noise better from a made picture with --model-range {best[0]:g}:{best[1]:g} "
-        f"({psnr(best):.1f} dB) than with {bounds[0]:g}:{bounds[1]:g} ({own:.1f} dB): is that the "
-        "range it was trained on?"
+        f"({psnr[best]:.1f} dB) than with {bounds[0]:g}:{bounds[1]:g} ({psnr[bounds]:.1f} dB): is "
+        "that the range it was trained on?"
     )
+
+
+def _noise_note(
+    results: dict[tuple[float, float], np.ndarray | None], noisy: np.ndarray, clean: np.ndarray
+) -> str:
+    """Say so where the picture less a result is clearly better: that is noise, of which none is 0.
+
+    A result was moved to where black is 0, which noise was not.
+    """
+    rest = {
+        (low, high): _psnr(None if made is None else noisy - made - low / (high - low), clean)
+        for (low, high), made in results.items()
+    }
+    low, high = max(rest, key=rest.__getitem__)
+    if rest[low, high] < _psnr(noisy, clean) + RANGE_DB:
+        return ""
+    return (
+        f", but less its result, with --model-range {low:g}:{high:g}, that has "
+        f"{rest[low, high]:.1f} dB: the model seems to give the noise and not the picture. Nothing "
+        "is subtracted here; end the model with keras.layers.Subtract()([noisy, noise]) and save "
+        "it again."
+    )
+
+
+def _psnr(result: np.ndarray | None, clean: np.ndarray) -> float:
+    """PSNR in dB of pictures in [0, 1]; -inf for none."""
+    error = np.inf if result is None else float(np.mean((result - clean) ** 2))
+    return -10 * float(np.log10(error + 1e-12))
 
 
 def _predict(model: Any, bounds: tuple[float, float]) -> Callable[[np.ndarray], np.ndarray | None]:

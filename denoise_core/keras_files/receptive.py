@@ -150,6 +150,12 @@ def _measure_fixed(probe: _Probe, size: tuple[int, int], strides: Sequence[int])
         most = min(most, exact)
     halo, seam = _least_halo(probe, size, stride=stride, most=most)
     note = _remaining(halo, seam)
+    if stride in size:
+        # Windows moved by less than a stride say nothing, and moved by it they share no pixel.
+        note = (
+            f"{note} Its total stride of {stride} is a whole side of its window: patches share no "
+            "pixel there, and how much they differ where they meet could not be measured."
+        ).strip()
     if radius is None:
         note = f"A pixel depends on the whole {size[0]}x{size[1]} window. {note}".strip()
     return Receptive(stride, halo, max(halo, exact), note)
@@ -280,6 +286,8 @@ class _Probe:
     def _seam(self, size: tuple[int, int], halo: int, stride: int, axis: int) -> float:
         length = size[axis - 1]
         step = length - 2 * halo - stride
+        if step == 0:
+            return 0.0
         sides = list(size)
         sides[axis - 1] += step
         whole = self.pictures(*sides)
