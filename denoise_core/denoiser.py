@@ -225,7 +225,9 @@ class Denoiser:
         self._constant = tf.constant
         # Our own models take every window that they are given.
         foreign = checkpoint.card.get("architecture") == "keras-file"
-        self._refusals = (tf.errors.InvalidArgumentError,) if foreign else ()
+        # Aborted is what oneDNN says of an empty picture.
+        refusals = (tf.errors.InvalidArgumentError, tf.errors.AbortedError)
+        self._refusals = refusals if foreign else ()
 
     def warm_up(self) -> None:
         """Trace and run the model once, so that the first image does not wait for it."""

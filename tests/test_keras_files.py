@@ -429,9 +429,26 @@ def test_images_too_small_for_a_net_without_padding_are_mirrored(tmp_path, kerne
         np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("side", "match"), [(4, "makes 8x8 of it"), (5, "fails on it")])
-def test_a_window_that_does_not_come_back_is_an_image_error(tmp_path, side, match):
-    valid_net(3).save(tmp_path / "valid.keras")
+def wide_net():
+    """As `valid_net`, with one convolution of four features: oneDNN aborts at 2x2 pixels."""
+    import keras
+    from keras import layers
+
+    noisy = keras.Input((None, None, 1))
+    x = layers.Conv2DTranspose(4, 3, activation="relu")(layers.Conv2D(4, 3)(noisy))
+    return keras.Model(noisy, layers.Conv2D(1, 1)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "side", "match"),
+    [
+        (lambda: valid_net(3), 4, "makes 8x8 of it"),
+        (lambda: valid_net(3), 5, "fails on it"),
+        (wide_net, 2, "fails on it"),
+    ],
+)
+def test_a_window_that_does_not_come_back_is_an_image_error(tmp_path, make, side, match):
+    make().save(tmp_path / "valid.keras")
     checkpoint = load_checkpoint(str(tmp_path / "valid.keras"), measure=False)
     denoiser = Denoiser(checkpoint, geometry=Geometry(256, 6, 1))
     with pytest.raises(ImageError, match=f"{side}x{side} pixels: the model {match}.*smaller than"):

@@ -149,7 +149,7 @@ def _range_note(
     if max(psnr.values()) < before:
         worse = f"It makes a made picture worse ({psnr[bounds]:.1f} dB than {before:.1f} dB)"
         subtract = _noise_note(results, noisy, clean)
-        return f"{worse}{subtract or ': is it trained, and for values of --model-range?'}"
+        return f"{worse}{subtract or ': is it trained, and on which --model-range?'}"
     if psnr[best] < max(psnr[bounds] + RANGE_DB, before):
         return ""
     return (
