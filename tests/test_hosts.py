@@ -180,30 +180,35 @@ def test_killed_head_and_a_new_cluster(hosts: Hosts, quiet: dict[str, bytes]) ->
     check(hosts, "head", quiet, job="head-again")
 
 
-def test_actors_come_to_a_host_that_joins(hosts: Hosts) -> None:
-    """By GPUs, which there are not: TensorFlow computes on CPUs, and the run says so."""
-    names = [f"{index:04d}" for index in range(1500)]
-    hosts.put_images("many", *names)
+@pytest.fixture
+def gpus(hosts: Hosts) -> Iterator[None]:
+    """A cluster of one host with a GPU; afterwards one without, for the tests that follow."""
     for number in (HEAD, *WORKERS, RESERVE):
         hosts.kill(number)
     hosts.start(HEAD)
     hosts.start(WORKERS[0], gpus=1)
+    yield
+    for number in (HEAD, WORKERS[0], RESERVE):
+        hosts.kill(number)
+    for number in (HEAD, *WORKERS):
+        hosts.start(number)
+
+
+def test_actors_come_to_a_host_that_joins(hosts: Hosts, gpus: None) -> None:
+    """By GPUs, which there are not: TensorFlow computes on CPUs, and the run says so."""
+    names = [f"{index:04d}" for index in range(1500)]
+    hosts.put_images("many", *names)
     hosts.denoise("grown", "grown", "--actors", "1:2", source="many")
     assert hosts.wait("grown", until=lambda: hosts.has_rows("grown")) == "RUNNING"
     hosts.start(RESERVE, gpus=1)
     came = hosts.wait("grown", until=lambda: bool(hosts.processes(RESERVE, ACTOR)))
-    assert came == "RUNNING", "too fast for an actor on the new host"
+    assert came == "RUNNING", f"too fast for an actor on the new host: {hosts.log('grown')}"
     assert hosts.wait("grown") == "SUCCEEDED", hosts.log("grown")
     rows = by_name(hosts.bucket / "grown")
     assert rows.keys() == hosts.outputs("grown").keys() == {f"{name}.png" for name in names}
     assert hosts.log("grown").count(NO_GPU) == 1
     run = json.loads((hosts.bucket / "grown/run.json").read_text())
     assert run["computed_on"] == {"cpu, float32": len(names)}
-    # Without GPUs again, for the tests that follow.
-    for number in (HEAD, WORKERS[0], RESERVE):
-        hosts.kill(number)
-    for number in (HEAD, *WORKERS):
-        hosts.start(number)
 
 
 def stop(hosts: Hosts, name: str, sentence: str) -> None:
