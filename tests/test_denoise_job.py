@@ -358,6 +358,19 @@ def test_a_reference_with_nothing_in_it_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reference_named_from_here_is_checked_and_may_hold_what_cannot_be_listed(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(png_bytes(np.zeros((9, 9, 3), np.uint8)))
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean/a.png").symlink_to(tmp_path / "gone.png")
+    monkeypatch.chdir(tmp_path)
+    settings = {"dry_run": True}
+    with pytest.raises(UsageError, match=r"a\.png: is a file"):
+        denoise("a.png", "out", checkpoint, reference="a.png", **settings)
+    denoise("a.png", "out", checkpoint, reference="clean", **settings)
+
+
 def test_reference_gives_psnr_ssim_and_mse(job: Any) -> None:
     row = job.rows["rgb8.png"]
     clean, noisy, denoised = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.data._internal.execution import metadata_fetcher
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
@@ -127,6 +128,15 @@ def beside_driver() -> dict[str, Any]:
     """Options of an actor that lives as long as the driver's machine, whatever else is lost."""
     node = ray.get_runtime_context().get_node_id()
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def keep_coordinator_here() -> None:
+    """Have the actor by which Ray Data's pipelines share a cluster live beside this driver.
+
+    It is one for the whole cluster, outlives jobs, and stays on the machine that needed it first:
+    in a training a worker's. When that one is lost, the pipelines of later jobs fail.
+    """
+    default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,9 +69,10 @@ class RayStream:
         self.config, self.preset, self.rank = config, preset, rank
         here = ray.get_runtime_context().get_node_id()
         host = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        self.makers = makers(host, gpus=config.gpus_per_worker or 0.0)
         # Of what cannot be kept each process would read all images.
-        kept = Sampler.make(pictures, config, preset).keeps_all
-        self.makers = makers(host, gpus=config.gpus_per_worker or 0.0) if kept else 1
+        if self.makers > 1 and not Sampler.make(pictures, config, preset).keeps_all:
+            self.makers = 1
 
     def __call__(self, stage: Stage, *, step: int) -> Iterator[tuple[Array, Array]]:
         """Yield batches from `step` on."""

@@ -29,6 +29,8 @@ from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.pipelines.job import SAFE, Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import (
+    Entry,
+    Selection,
     Storage,
     StorageOptions,
     absolute,
@@ -252,14 +254,15 @@ def _refuse_circular(config: DenoiseConfig) -> None:
 
 def _refuse_no_reference(config: DenoiseConfig, options: StorageOptions) -> None:
     """Refuse a reference with nothing in it, of which each image would have to tell."""
-    root = config.reference
-    if root is None:
+    if config.reference is None:
         return
+    root = absolute(config.reference)
     try:
-        first = next(storage_for(root, options).list(root), None)
+        # What cannot be listed is a matter of the images that ask for it.
+        first = next(storage_for(root, options).walk(root, Selection()), None)
     except ObjectNotFound as error:
         raise UsageError(f"--reference {error}") from None
-    if first is None or first.uri == root:
+    if first is None or (isinstance(first, Entry) and first.uri == root):
         kind = "holds no files" if first is None else "is a file"
         raise UsageError(f"--reference {root}: {kind}; name a folder of clean images.")
 
