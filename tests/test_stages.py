@@ -351,6 +351,27 @@ def test_no_thread_fetches_metadata_of_blocks() -> None:
     assert type(make_metadata_fetcher()) is InlineMetadataFetcher
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_losing_what_knows_where_actors_are_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data's one for the cluster may live on a machine that an earlier job was given."""
+    import ray.data
+    from ray.data._internal.utils import cached_ray_internals
+
+    asked = Mock(side_effect=ray.exceptions.ActorUnschedulableError("its machine is gone"))
+    monkeypatch.setattr(cached_ray_internals, "get_or_create_actor_location_tracker", asked)
+    set_data_context()
+    dataset = ray.data.range(2, override_num_blocks=2).map_batches(
+        _Same, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.5
+    )
+    assert dataset.count() == 2
+    assert asked.called
+
+
+class _Same:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return batch
+
+
 def policy_with(blocks: int, size: int) -> _ReadAhead:
     """Return one block or 60 bytes for each actor, with so much waiting before every stage."""
     waiting = SimpleNamespace(

@@ -12,14 +12,17 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data._internal import stats
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
-from ray.data._internal.execution import metadata_fetcher
+from ray.data._internal.execution import metadata_fetcher, node_trackers
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators import actor_pool_map_operator
+from ray.data._internal.utils.cached_ray_internals import get_actor_locations
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -120,6 +123,7 @@ def set_data_context(
     # itself, then stay in its memory, and fewer of any size pass in a second: README, "Scale".
     # RAY_DATA_METADATA_PREFETCH_ON_THREAD=0 says the same where it is set before Ray Data's import.
     metadata_fetcher._PREFETCH_ON_THREAD = False
+    actor_pool_map_operator.get_actor_locations = _known_locations
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
 
@@ -130,13 +134,27 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def keep_coordinator_here() -> None:
-    """Have the actor by which Ray Data's pipelines share a cluster live beside this driver.
+def keep_actors_here() -> None:
+    """Have the actors that Ray Data's pipelines share live beside this driver.
 
-    It is one for the whole cluster, outlives jobs, and stays on the machine that needed it first:
-    in a training a worker's. When that one is lost, the pipelines of later jobs fail.
+    They are for the whole cluster, outlive jobs, and stay on the machine that needed them first:
+    in a training a worker's.
     """
     default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+    node_trackers.get_or_create_actor_location_tracker()
+    stats.get_or_create_stats_actor()
+
+
+def _known_locations(actors: tuple[str, ...]) -> dict[str, str]:
+    """Return on which node each actor is; nothing if what knows it is lost: Ray makes another.
+
+    Ray Data 2.60 asks for it at every turn, falls back on what it knew, and lets an error end the
+    run: an earlier job's machine would take this one with it.
+    """
+    try:
+        return get_actor_locations(actors)
+    except ray.exceptions.RayError:
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

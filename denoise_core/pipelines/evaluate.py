@@ -39,7 +39,8 @@ from denoise_core.storage import StorageOptions, absolute, join, storage_for
 DEFAULT_NOISE = ("gaussian:25",)
 # Images of one task: digits travel together, photographs in small groups.
 TASK_DIGITS, TASK_PHOTOS = 64, 8
-# An actor that dies this often ends the run; Ray Data would start it for ever.
+# An actor that dies more often ends the run; Ray Data would start it for ever. Its tasks are
+# retried while it lives: until a lost machine is known to be lost, each try counts.
 RESTARTS = 2
 NO_PROGRESS_S = 1800
 # Actors that nobody wants any more have so long to end. What a slower one writes, or one whose
@@ -225,7 +226,7 @@ def build_dataset(plan: Plan, shots: list[Shot], watcher: Watcher) -> Any:
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
+        max_task_retries=-1,
         compute=ray.data.ActorPoolStrategy(
             min_size=resources.actors[0], max_size=resources.actors[1]
         ),

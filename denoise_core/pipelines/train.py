@@ -37,7 +37,7 @@ from denoise_core.devices import NO_GPU, choose_precision, configure_tensorflow,
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import beside_driver, keep_coordinator_here
+from denoise_core.pipelines.cluster import beside_driver, keep_actors_here
 from denoise_core.pipelines.crops import STREAM_CPUS, RayStream
 from denoise_core.pipelines.tensorflow_trainer import Config, TensorflowTrainer
 from denoise_core.presets import Preset, Stage
@@ -75,7 +75,7 @@ def run_training(plan: Plan, *, show: Show) -> str:
     files = RunFiles(plan.config)
     with output_lock(files.storage, files.root, run_id=new_run_id()):
         try:
-            keep_coordinator_here()
+            keep_actors_here()
             mail = Queue(actor_options=beside_driver())
             _fit(_ray_trainer(plan, mail), mail=mail, show=show)
         except ray.exceptions.RayError as error:
