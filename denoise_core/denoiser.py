@@ -19,7 +19,7 @@ more CPU time for going alone, those of 64 px and more nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -228,6 +228,7 @@ class Denoiser:
         # Aborted is what oneDNN says of an empty picture.
         refusals = (tf.errors.InvalidArgumentError, tf.errors.AbortedError)
         self._refusals = refusals if foreign else ()
+        self._exhausted = tf.errors.ResourceExhaustedError
 
     def warm_up(self) -> None:
         """Trace and run the model once, so that the first image does not wait for it."""
@@ -306,14 +307,32 @@ class Denoiser:
 
         def run(batch: list[Cut]) -> None:
             windows = [self._window(parts[item.source], item) for item in batch]
-            outputs = self.predict(stack(windows), batch[0].context)
-            for item, noisy, output in zip(batch, windows, outputs, strict=False):
+            outputs = self._fitting(windows, batch[0].context)
+            for item, noisy, output in zip(batch, windows, outputs, strict=True):
                 self._paste(parts[item.source], item, (noisy, output), into=results[item.source])
 
         # Cores are disjoint, so threads never paste to the same pixels.
         for _ in self._map(run, batches(todo, batch_pixels=self._batch_pixels, most=self._most)):
             pass
         return results
+
+    def _fitting(self, windows: Sequence[Array], context: Context) -> Iterator[Array]:
+        """Yield the model's output for each window, in batches that the device has memory for.
+
+        One that it has none for is halved, and so are those of later calls.
+        """
+        try:
+            outputs = self.predict(stack(windows), context)
+        except self._exhausted:
+            if len(windows) == 1:
+                raise
+            half = 1 << (len(windows) - 1).bit_length() - 1
+            height, width, _ = windows[0].shape
+            self._batch_pixels = min(self._batch_pixels, half * height * width)
+            for part in (windows[:half], windows[half:]):
+                yield from self._fitting(part, context)
+        else:
+            yield from outputs[: len(windows)]
 
     def _planes(self, channels: int) -> list[int | None]:
         whole = channels in (1, self._channels)

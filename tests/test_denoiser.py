@@ -315,6 +315,34 @@ def test_bfloat16_is_batched_and_near_float32(folder, make):
     assert 1e-4 < np.abs(got - expected).max() < 0.1
 
 
+def test_a_batch_that_the_device_has_no_memory_for_is_halved_and_those_after_it(
+    folder, monkeypatch
+):
+    import tensorflow as tf
+
+    denoiser = Denoiser(
+        load_checkpoint(str(folder)), geometry=EXACT, precision="bfloat16", batch_size=8
+    )
+    images = [picture(200, 230), picture(48, 40, seed=1)]
+    expected = denoiser.denoise(images)
+    tried = []
+    whole = denoiser._run
+
+    def small_device(batch, context):
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+        return whole(batch, context)
+
+    monkeypatch.setattr(denoiser, "_run", small_device)
+    for got, whole_batches in zip(denoiser.denoise(images), expected, strict=True):
+        np.testing.assert_allclose(got, whole_batches, atol=1e-2)
+    assert max(tried) == 8
+    tried.clear()
+    denoiser.denoise(images)
+    assert max(tried) == 2
+
+
 def test_geometry_is_resolved_by_the_card():
     card = {**CARD, "total_stride": 8, "default_halo": 12, "exact_halo": 60}
     assert resolve_geometry(card, patch="256", halo="auto") == Geometry(256, 16, 8)

@@ -117,7 +117,8 @@ class Denoise:
         except Exception as error:
             if type(error).__name__ != "ResourceExhaustedError":
                 raise
-            raise MemoryError("on the device: use a smaller --batch-size or --patch") from None
+            text = "the device has no memory for one patch; use a smaller --patch."
+            raise ImageError(text) from None
         for item, part, values in zip(items, parts, results, strict=True):
             facts = item.facts
             if self._changes_too_little(item, part.pixels, values):
