@@ -225,6 +225,10 @@ def test_a_disk_that_fills_ends_the_job_in_one_sentence(
     assert (small_disk / "out/best/model.json").exists()
 
 
+# As TensorFlow names it, which this file does not import.
+OutOfDeviceMemory = type("ResourceExhaustedError", (Exception,), {})
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -234,10 +238,11 @@ def test_a_disk_that_fills_ends_the_job_in_one_sentence(
             "out or /.*: broken. The last checkpoint is good: make room",
         ),
         (StorageUnavailable("/a: full"), "/a: full. The last checkpoint is good: go on with --res"),
+        (OutOfDeviceMemory("OOM"), ".* no memory for a step: give a smaller --batch"),
     ],
     ids=repr,
 )
-def test_a_worker_that_cannot_write_says_so_in_a_sentence(monkeypatch, error, sentence):
+def test_a_worker_that_runs_out_of_something_says_so_in_a_sentence(monkeypatch, error, sentence):
     from denoise_core.pipelines import train
 
     def fail(*_):

@@ -327,6 +327,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             if cause is None:
                 raise
             raise cause from error
+        except Exception as error:
+            if type(error).__name__ != "ResourceExhaustedError":
+                raise
+            raise RunFailed(
+                "The device has no memory for a step: give a smaller --batch, or a smaller --crop."
+            ) from error
     except DenoiseError as error:
         arguments["mail"].put(error)
         # Alone, a worker ends here: the next attempt would fail alike. Others would wait for it at
