@@ -117,7 +117,8 @@ class Hosts:
     # --- build up and tear down -----------------------------------------------------------------
 
     def build(self) -> None:
-        """Make the network and start the S3 server."""
+        """Make the network, over what a killed run left of one, and start the S3 server."""
+        self.clear_network()
         ip("link", "add", "dnbr", "type", "bridge")
         ip("addr", "add", f"{NETWORK}.254/24", "dev", "dnbr")
         ip("link", "set", "dnbr", "up")
@@ -163,15 +164,19 @@ class Hosts:
 
     def destroy(self) -> None:
         """Leave nothing of it."""
+        self.clear_network()
+        if self.s3 is not None:
+            self.s3.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def clear_network(self) -> None:
+        """Kill all processes of the hosts and leave nothing of the network."""
         for number in ALL:
             with contextlib.suppress(subprocess.CalledProcessError):
                 self.kill(number)
             ip("link", "del", f"dn{number}v", check=False)
             ip("netns", "del", f"dn{number}", check=False)
         ip("link", "del", "dnbr", check=False)
-        if self.s3 is not None:
-            self.s3.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def put_images(self, folder: str, *names: str) -> None:
         """Write small noisy PNGs to s3://bucket/FOLDER, which nothing has listed yet."""
