@@ -319,20 +319,21 @@ class Denoiser:
     def _fitting(self, windows: Sequence[Array], context: Context) -> Iterator[Array]:
         """Yield the model's output for each window, in batches that the device has memory for.
 
-        One that it has none for is halved, and so are those of later calls.
+        One that it has none for is halved, and so are those of later calls. Raises ImageError where
+        one window is too much.
         """
         try:
-            outputs = self.predict(stack(windows), context)
-        except self._exhausted:
+            yield from self.predict(stack(windows), context)[: len(windows)]
+            return
+        except self._exhausted as error:
             if len(windows) == 1:
-                raise
-            half = 1 << (len(windows) - 1).bit_length() - 1
-            height, width, _ = windows[0].shape
-            self._batch_pixels = min(self._batch_pixels, half * height * width)
-            for part in (windows[:half], windows[half:]):
-                yield from self._fitting(part, context)
-        else:
-            yield from outputs[: len(windows)]
+                text = "the device has no memory for one patch; use a smaller --patch."
+                raise ImageError(text) from error
+        half = 1 << (len(windows) - 1).bit_length() - 1
+        height, width, _ = windows[0].shape
+        self._batch_pixels = min(self._batch_pixels, half * height * width)
+        for part in (windows[:half], windows[half:]):
+            yield from self._fitting(part, context)
 
     def _planes(self, channels: int) -> list[int | None]:
         whole = channels in (1, self._channels)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.denoiser import Denoiser, Geometry, Part, resolve_geometry
-from denoise_core.errors import UsageError
+from denoise_core.errors import ImageError, UsageError
 from denoise_core.images import data_range
 from denoise_core.models import architecture, build_model
 
@@ -325,12 +325,12 @@ def test_a_batch_that_the_device_has_no_memory_for_is_halved_and_those_after_it(
     )
     images = [picture(200, 230), picture(48, 40, seed=1)]
     expected = denoiser.denoise(images)
-    tried = []
+    tried, fits = [], 2
     whole = denoiser._run
 
     def small_device(batch, context):
         tried.append(len(batch))
-        if len(batch) > 2:
+        if len(batch) > fits:
             raise tf.errors.ResourceExhaustedError(None, None, "OOM")
         return whole(batch, context)
 
@@ -341,6 +341,9 @@ def test_a_batch_that_the_device_has_no_memory_for_is_halved_and_those_after_it(
     tried.clear()
     denoiser.denoise(images)
     assert max(tried) == 2
+    fits = 0
+    with pytest.raises(ImageError, match="no memory for one patch; use a smaller --patch"):
+        denoiser.denoise(images)
 
 
 def test_geometry_is_resolved_by_the_card():

@@ -112,13 +112,7 @@ class Denoise:
 
     def _predict_by(self, denoiser: Denoiser, items: list[Item]) -> None:
         parts = [self._part(item) for item in items]
-        try:
-            results = denoiser.denoise_parts(parts)
-        except Exception as error:
-            if type(error).__name__ != "ResourceExhaustedError":
-                raise
-            text = "the device has no memory for one patch; use a smaller --patch."
-            raise ImageError(text) from None
+        results = denoiser.denoise_parts(parts)
         for item, part, values in zip(items, parts, results, strict=True):
             facts = item.facts
             if self._changes_too_little(item, part.pixels, values):
