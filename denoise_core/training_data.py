@@ -261,7 +261,7 @@ def _with_sides(picture: Picture, options: StorageOptions) -> Picture:
         with storage_for(picture.uri, options).open(picture.uri) as file:
             header = read_header(file, name=picture.uri)
     except DenoiseError as error:
-        raise UsageError(f"{picture.uri}: {error}") from error
+        raise UsageError(str(error)) from error
     # A partner's header is not opened for this: its depth is taken to be that of the noisy image.
     each = np.dtype(header.dtype).itemsize * (1 if picture.clean_uri is None else 2)
     return replace(
@@ -352,7 +352,7 @@ def _idx_array(uri: str, options: StorageOptions) -> Array:
     try:
         array: Array = read_idx(storage_for(uri, options).read(uri), name=uri)
     except DenoiseError as error:
-        raise UsageError(f"{uri}: {error}") from error
+        raise UsageError(str(error)) from error
     if array.ndim not in (3, 4):
         raise UsageError(f"{uri}: holds {array.ndim} dimension(s); expected images, three or four.")
     return array
@@ -416,7 +416,7 @@ class Library:
             data = storage_for(uri, self.options).read(uri)
             image = decode(data, name=uri, keep_nodata=True)
         except DenoiseError as error:
-            raise UsageError(f"{uri}: {error}") from error
+            raise UsageError(str(error)) from error
         return self._fit(_filling(picture_of(image)[0], image.header.bits), uri)
 
     def _fit(self, image: Array, uri: str) -> Array:

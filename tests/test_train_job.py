@@ -766,6 +766,7 @@ def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_pat
         ({"--init": "no-such"}, "--init 'no-such': neither a shipped model"),
         ({"--preset": "unet-xs"}, "0.png: crops of 128 px do not fit into 64x48 px"),
         ({"DATA": "empty"}, "No images found in "),
+        ({"DATA": "notes.png"}, "Error: {tmp_path}/notes.png: begins with b'# notes'"),
         ({"--steps": "0"}, "--steps: expected a number from 1"),
         ({"--hours": "1"}, "one of --steps N, --epochs N and --hours H"),
         ({"--preset": "mnist-latent16"}, "is for images of 28x28 px with 1 channel(s)"),
@@ -780,9 +781,10 @@ def test_data_run_and_models_may_lie_on_s3(ray_session, s3_server, data, tmp_pat
 def test_wrong_usage_gets_one_sentence_and_exit_code_2(data, tmp_path, changes, sentence):
     flags = {"--output": tmp_path / "run", "--preset": "tiny", "--steps": 10, **changes}
     source = tmp_path / str(flags.pop("DATA")) if "DATA" in flags else data
+    (tmp_path / "notes.png").write_text("# notes")
     code, out, err = finish(source, *(part for pair in flags.items() for part in pair))
     assert (code, out) == (2, "")
-    assert sentence in err
+    assert sentence.replace("{tmp_path}", str(tmp_path)) in err
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()

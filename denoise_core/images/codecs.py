@@ -111,7 +111,7 @@ def _foreign(head: bytes, *, name: str) -> NotAnImage | UnsupportedImage:
             return UnsupportedImage(f"{name}: a {kind} file; {expected}: convert it first")
     return NotAnImage(
         f"{name}: begins with {head[:12]!r}, which no known image does; {expected}: leave it out "
-        "with --exclude or replace it"
+        "or replace it"
     )
 
 

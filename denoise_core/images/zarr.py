@@ -219,7 +219,7 @@ def _root(source: ZarrSource, *, name: str) -> _Layout:
             return layout
     raise NotAnImage(
         f"{name}: holds none of {', '.join(ROOT_FILES)}; expected a Zarr array or an OME-Zarr "
-        "image: copy the folder again with its hidden files, or leave it out with --exclude"
+        "image: copy the folder again with its hidden files, or leave it out"
     )
 
 
