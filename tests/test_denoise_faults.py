@@ -315,6 +315,29 @@ def test_sigterm_ends_in_order_and_the_rerun_goes_on(stand_in: str, tmp_path: Pa
     assert 0 < len(done) < 30
 
 
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interrupted_run_leaves_nothing_at_work(
+    ray_session: None, stand_in: str, tmp_path: Path, finished: int
+) -> None:
+    """While the actors start, and later: else the exit of the process meets what goes on."""
+
+    class Interrupting(Notes):
+        def update(self, totals: Any) -> None:
+            if totals.done >= finished and any(map(is_at_work, threading.enumerate())):
+                raise KeyboardInterrupt
+
+    def is_at_work(thread: threading.Thread) -> bool:
+        return "_feed" in thread.name or "StreamingExecutor" in thread.name
+
+    source = tmp_path / "in"
+    write_pngs(source, *[f"slow-{i:02d}" for i in range(30)])
+    with pytest.raises(KeyboardInterrupt):
+        resume(source, tmp_path / "out", stand_in, Interrupting())
+    left = [thread.name for thread in threading.enumerate() if is_at_work(thread)]
+    assert left == []
+    assert len(rows_of(tmp_path / "out")) < 30
+
+
 def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -> None:
     """A whole process: JSON lines, exit 3, then 0 within the budget, without starting Ray."""
     source, out = tmp_path / "in", tmp_path / "out"

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsing import browser_test, resize
+from browsing import browser_test, resize, visit
 from click.testing import CliRunner
 from helpers import as_dtype, make_checkpoint, picture
 
@@ -934,8 +934,7 @@ class TestInChromium:
     pytestmark = browser_test
 
     def test_it_asks_for_nothing_and_runs_no_hostile_name(self, browser: Any, page: str) -> None:
-        browser.get_log("browser")
-        browser.get(page)
+        visit(browser, page)
         assert browser.get_log("browser") == []
         assert browser.title.endswith("– evaluation")
         asked = "return performance.getEntriesByType('resource').map(e => e.name)"
@@ -945,7 +944,7 @@ class TestInChromium:
         assert all(width > 0 for width in natural)
 
     def test_warnings_and_failures_are_seen(self, browser: Any, page: str) -> None:
-        browser.get(page)
+        visit(browser, page)
         shown = [each.text for each in browser.find_elements("css selector", ".warning")]
         assert [text.partition(" at ")[0] for text in shown] == [
             "Warning. off loses to the noisy input itself"
@@ -957,7 +956,7 @@ class TestInChromium:
     @pytest.mark.parametrize("width", [360, 768, 1280])
     def test_it_never_scrolls_sideways(self, browser: Any, page: str, width: int) -> None:
         resize(browser, width)
-        browser.get(page)
+        visit(browser, page)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         wide = (
             "const f = document.querySelector('.picture .frame');"
@@ -968,7 +967,7 @@ class TestInChromium:
 
     def test_the_table_of_images_sorts_and_filters(self, browser: Any, page: str) -> None:
         resize(browser, 1280)
-        browser.get(page)
+        visit(browser, page)
         heads = browser.find_elements("css selector", "#images-table thead button")
         heads[2].click()
         script = "return [...document.querySelectorAll('#images-table tbody td:nth-child(3)')]"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
-from browsing import browser_test, resize
+from browsing import browser_test, resize, visit
 from click.testing import CliRunner
 from PIL import Image
 
@@ -509,8 +509,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def opened(browser: Any, report_page: str) -> Any:
     resize(browser, 1280)
-    browser.get_log("browser")
-    browser.get(report_page)
+    visit(browser, report_page)
     return browser
 
 

@@ -163,7 +163,8 @@ def _work(
     # Many processes on few cores take minutes to start; what is measured comes after that.
     flow.dataset.context.wait_for_min_actors_s = ACTORS_START_S
     started = time.thread_time()
-    images = list(_collect(flow, job))
+    with flow:
+        images = list(_collect(flow, job))
     return images, time.thread_time() - started
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import ray
 import ray.data
@@ -43,11 +45,18 @@ MOST_STATISTICS = 1_000
 MOST_ITEMS = 1_000
 
 
+# What Ray Data executes in this process.
+_executors: WeakSet[Any] = WeakSet()
+
+
 class _Turn(ExecutionCallback):
     """Ends each turn of Ray Data's scheduler: forgets old statistics, rests if nothing happened."""
 
     def __init__(self) -> None:
         self.seen, self.pause_s = 0, PAUSES_S[0]
+
+    def before_execution_starts(self, executor: Any) -> None:
+        _executors.add(executor)
 
     def on_execution_step(self, executor: Any) -> None:
         seen = 0
@@ -126,6 +135,20 @@ def set_data_context(
     actor_pool_map_operator.get_actor_locations = _known_locations
     # The pipelines make one sentence of what ends a run; Ray Data would print all of its trace.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+
+
+def end_execution(thread: threading.Thread, *, patience_s: float) -> None:
+    """End what Ray Data executes in this process, and with it the `thread` that iterates it.
+
+    A thread that still asks Ray for something while the process exits prints Ray's error, and may
+    make 1 of its exit code.
+    """
+    until = time.monotonic() + patience_s
+    while thread.is_alive() and time.monotonic() < until:
+        # Again: the thread may have been on its way to start it.
+        for executor in list(_executors):
+            executor.shutdown(force=True)
+        thread.join(0.1)
 
 
 def beside_driver() -> dict[str, Any]:

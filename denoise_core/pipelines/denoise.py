@@ -11,6 +11,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -399,13 +400,15 @@ class _Run:
     def _do(self, shards: list[str]) -> None:
         self.storage.delete(join(self.out, "_SUCCESS"))
         self._write_run_json(self._run_json(finished=False))
-        try:
-            if shards:
-                self._work(shards)
-        finally:
-            self.journal.flush()
-            self._tick(force=True)
-            results.publish(self.storage, self.out, run_id=self.job.run_id)
+        with ExitStack() as afterwards:
+            try:
+                if shards:
+                    self._work(shards, afterwards)
+            finally:
+                # First: who is told to end has seconds.
+                self.journal.flush()
+                self._tick(force=True)
+                results.publish(self.storage, self.out, run_id=self.job.run_id)
         self._sweep("work")
         self._sweep("regions")
         # Last, so that what was killed at the page is not taken for finished.
@@ -451,7 +454,7 @@ class _Run:
             "error_message": str(refusal.error),
         }
 
-    def _work(self, shards: list[str]) -> None:
+    def _work(self, shards: list[str], afterwards: ExitStack) -> None:
         self.start_ray()
         # Only now: Ray Data takes seconds to import, and a run without work needs none of it.
         from denoise_core.pipelines.flow import Flow
@@ -463,6 +466,7 @@ class _Run:
             images=self.totals.to_do,
             tell=self.watcher.note,
         )
+        afterwards.enter_context(flow)
         for facts in flow:
             if facts is not None:
                 whole = self._take(facts)

@@ -20,6 +20,7 @@ from denoise_core.errors import ImageError, RunFailed, StorageError, UsageError,
 from denoise_core.pipelines.cluster import (
     beside_driver,
     check_memory,
+    end_execution,
     fit_actors,
     set_data_context,
     stopped,
@@ -48,6 +49,8 @@ LARGE_BYTES = 8_000_000
 NO_PROGRESS_S = 600
 # Somebody who waits for results hears of it this often, results or not.
 TICK_S = 0.5
+# Work that nobody waits for any more has so long to end before the process goes on to exit.
+END_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class Flow:
     """The results of a work list as they come: iterate once. `tell` is called with what to know.
 
     Ray Data is read in a thread, so that the driver keeps showing progress and saving rows while
-    nothing arrives, and reacts to a signal at once.
+    nothing arrives, and reacts to a signal at once. A context manager: what still runs at the end
+    of the block is ended.
     """
 
     def __init__(
@@ -90,26 +94,29 @@ class Flow:
         )
         self.inbox: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
         self.assembling: dict[Any, Facts] = {}
-        self.stopped = False
+        self.thread = threading.Thread(target=self._feed, daemon=True)
+
+    def __enter__(self) -> Flow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end_execution(self.thread, patience_s=END_S)
 
     def __iter__(self) -> Iterator[Facts | None]:
         """Yield facts, and None about every TICK_S. Raises RunFailed."""
-        threading.Thread(target=self._feed, daemon=True).start()
+        self.thread.start()
         fed = False
-        try:
-            while not fed or self.assembling:
-                try:
-                    arrived = self.inbox.get(timeout=TICK_S)
-                except queue.Empty:
-                    arrived = []
-                if isinstance(arrived, BaseException):
-                    raise self._failure(arrived)
-                fed = fed or arrived is None
-                yield from map(json.loads, arrived or ())
-                yield from self._assembled()
-                yield None
-        finally:
-            self.stopped = True
+        while not fed or self.assembling:
+            try:
+                arrived = self.inbox.get(timeout=TICK_S)
+            except queue.Empty:
+                arrived = []
+            if isinstance(arrived, BaseException):
+                raise self._failure(arrived)
+            fed = fed or arrived is None
+            yield from map(json.loads, arrived or ())
+            yield from self._assembled()
+            yield None
 
     def assemble(self, facts: Facts) -> None:
         """Have an image assembled from its regions; its final facts come out of the iteration."""
@@ -125,8 +132,6 @@ class Flow:
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
                 self.inbox.put(batch["facts"].to_pylist())
-                if self.stopped:
-                    return
             self.inbox.put(None)
         except BaseException as error:
             self.inbox.put(error)
