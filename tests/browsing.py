@@ -37,20 +37,22 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(flag)
     driver = selenium.Chrome(options=options, service=selenium.ChromeService(CHROMEDRIVER))
-    driver.implicitly_wait(10)
     yield driver
     driver.quit()
 
 
 def visit(browser: Any, url: str) -> None:
-    """Open a page, with an empty log, and wait for its title.
+    """Open a page, with an empty log, and wait until all of it is there.
 
     Asked for the page that is open, the driver at times answers before the new document is there.
     """
+    from selenium.webdriver.support import wait
+
     browser.get("about:blank")
     browser.get_log("browser")
     browser.get(url)
-    browser.find_element("tag name", "h1")
+    whole = "return document.readyState === 'complete' && !!document.querySelector('h1')"
+    wait.WebDriverWait(browser, 60).until(lambda each: each.execute_script(whole))
 
 
 def resize(browser: Any, width: int) -> None:

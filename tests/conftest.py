@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -65,9 +66,12 @@ class S3Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port below those that the kernel gives to whoever asks for any, as Ray does."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def rclone_binary() -> Path | None:
@@ -80,7 +84,7 @@ def rclone_binary() -> Path | None:
     return next((each for each in found if each.exists()), None)
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes], *, timeout_s: float = 20.0) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], *, timeout_s: float = 90.0) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,10 @@ def start_job(*arguments: str, environment: dict[str, str] | None = None, **more
 def kill_everything(process: subprocess.Popen[str]) -> None:
     """SIGKILL for the driver, the raylet, the workers: all at once, none can tidy up."""
     victims = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(True))]
-    for pid in victims:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+    for sent in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                os.kill(pid, sent)
     process.wait(timeout=30)
 
 

@@ -166,12 +166,13 @@ def test_an_unreadable_staged_region(tmp_path: Path) -> None:
 
 
 MEMORY_PROBE = """
-    import resource, sys, numpy as np
+    import sys, numpy as np
     from denoise_core.assemble import Region, assemble_tiff
+    from denoise_core.benchmarks.child import peak_rss
     from denoise_core.images import ImageHeader, ImageMetadata, read_header, read_window
     side, region, path = 6144, 1024, sys.argv[1]
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_rss() / 2**20
     header = ImageHeader("tiff", side, side, 3, "uint8")
     metadata = ImageMetadata("npy", "uint8", 3)
     load = lambda: np.zeros((region, region, 3), "uint8")

@@ -86,7 +86,7 @@ def test_a_codec_that_never_comes_back_is_ended_with_its_process(
 ) -> None:
     write_pngs(tmp_path / "in", "good", "wedged")
     outcome = denoise(
-        tmp_path / "in", tmp_path / "out", stand_in, max_attempts=1, timeout_per_image=2.0
+        tmp_path / "in", tmp_path / "out", stand_in, max_attempts=1, timeout_per_image=8.0
     )
     rows = by_name(tmp_path / "out")
     assert (outcome.totals.ok, outcome.totals.failed) == (1, 1)
@@ -305,7 +305,7 @@ def test_sigterm_ends_in_order_and_the_rerun_goes_on(stand_in: str, tmp_path: Pa
     process = start_hooked(source, "--output", out, "--model", stand_in, "--actors", "1")
     wait_until(lambda: list(out.glob(".denoise/journal/*.parquet")), process)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=200)
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert "Interrupted" in text
@@ -322,8 +322,12 @@ def test_an_interrupted_run_leaves_nothing_at_work(
     """While the actors start, and later: else the exit of the process meets what goes on."""
 
     class Interrupting(Notes):
+        interrupted = False
+
         def update(self, totals: Any) -> None:
-            if totals.done >= finished and any(map(is_at_work, threading.enumerate())):
+            at_work = any(map(is_at_work, threading.enumerate()))
+            if totals.done >= finished and at_work and not self.interrupted:
+                self.interrupted = True
                 raise KeyboardInterrupt
 
     def is_at_work(thread: threading.Thread) -> bool:
@@ -335,7 +339,7 @@ def test_an_interrupted_run_leaves_nothing_at_work(
         resume(source, tmp_path / "out", stand_in, Interrupting())
     left = [thread.name for thread in threading.enumerate() if is_at_work(thread)]
     assert left == []
-    assert len(rows_of(tmp_path / "out")) < 30
+    assert finished <= len(rows_of(tmp_path / "out")) < 30
 
 
 def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -> None:
@@ -349,10 +353,9 @@ def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -
     lines = json_lines(text)
     assert lines[-1]["done"]["ok"] == lines[-1]["done"]["failed"] == 1
     assert any("progress" in line for line in lines)
-    started = time.monotonic()
-    code, text = run_job(*flags, "--max-error-rate", "0.5")
+    nowhere = job_environment(RAY_ADDRESS="nowhere:1")
+    code, text = run_job(*flags, "--max-error-rate", "0.5", environment=nowhere)
     assert code == 0, text
-    assert time.monotonic() - started < 15
     assert "1 already done" in text
     assert "1 failed in earlier runs" in text
     assert "--retry-failed" in text
@@ -413,7 +416,7 @@ def test_lock_of_a_living_run_is_refused_and_a_dead_one_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "SETTLE_S", 0.0)
-    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.5)
     storage = LocalStorage()
     write_lock(tmp_path)
     with pytest.raises(OutputLocked, match="run other on"):
@@ -444,8 +447,11 @@ def test_lock_of_a_living_run_is_refused_and_a_dead_one_taken(
 def test_run_that_lost_its_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_S", 0.02)
     with lock.output_lock(LocalStorage(), str(tmp_path), run_id="mine") as held:
-        write_lock(tmp_path, run_id="thief")
-        time.sleep(0.3)
+        end = time.monotonic() + 30
+        # Again: a beat may have been under way.
+        while held.lost_to != "thief" and time.monotonic() < end:
+            write_lock(tmp_path, run_id="thief")
+            time.sleep(0.05)
         with pytest.raises(RunFailed, match="run thief took over"):
             held.check()
     assert json.loads((tmp_path / ".denoise/lock.json").read_text())["run_id"] == "thief"

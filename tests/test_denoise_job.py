@@ -427,10 +427,8 @@ def test_unchanged_rerun_does_nothing_and_starts_no_ray(job: Any, checkpoint: st
         precision="float32", actors="1", reference=str(job.clean), copy_below="1.5",
         max_error_rate=0.9,
     )  # fmt: skip
-    started = time.monotonic()
     notes = Notes()
     outcome = run_denoising(config, watcher=notes, start_ray=lambda: pytest.fail("Ray"))
-    assert time.monotonic() - started < 5
     assert notes == []
     assert outcome.totals.done == outcome.totals.to_do == 0
     assert outcome.totals.earlier_failures == len(BAD) + 1

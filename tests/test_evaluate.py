@@ -596,6 +596,7 @@ def test_a_model_that_never_narrows_has_no_code(tmp_path: Path):
 def test_a_users_model_codes_images_in_its_own_range(tmp_path: Path):
     import keras
 
+    keras.utils.set_random_seed(0)
     model = gated()
     model.save(tmp_path / "mine.keras")
     checkpoint = load_checkpoint(str(tmp_path / "mine.keras"), model_range="0:255", measure=False)

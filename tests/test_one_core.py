@@ -20,12 +20,20 @@ import ray
 from denoise_core import worklist
 from denoise_core.config import DenoiseConfig
 from denoise_core.pipelines.denoise import Watcher, run_denoising
+from jobs._ray import LOCAL_STARTS
 
 worklist.SHARD_ROWS = 4
 folder, out, model, gpus = sys.argv[1:]
-start = lambda: ray.init(
-    num_cpus=1, num_gpus=int(gpus), include_dashboard=False, log_to_driver=False
-)
+asked = {"num_cpus": 1, "num_gpus": int(gpus), "include_dashboard": False}
+
+def start():
+    for left in reversed(range(LOCAL_STARTS)):
+        try:
+            return ray.init("local", log_to_driver=False, **asked)
+        except Exception:
+            if not left:
+                raise
+
 config = DenoiseConfig(inputs=(folder,), output=out, model=model)
 run_denoising(config, watcher=Watcher(), start_ray=start)
 """

@@ -784,14 +784,15 @@ def test_deep_stacks_have_smaller_regions(tmp_path: Path) -> None:
 
 
 MEMORY_PROBE = """
-    import io, resource, sys, numpy as np
+    import io, sys, numpy as np
     from denoise_core.assemble import Region, zarr_files
+    from denoise_core.benchmarks.child import peak_rss
     from denoise_core.images import open_image, read_header, read_metadata, read_window
     from denoise_core.images.zarr import METADATA_FILES
     from denoise_core.storage import LocalStorage
     side, region, source, target = 6144, 1024, *sys.argv[1:]
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_rss() / 2**20
     storage = LocalStorage()
     with open_image(storage, source) as file:
         read_window(file, y=slice(0, 9), x=slice(0, 9), name="x")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,10 +22,9 @@ CLIP_NORM = 1e-4
 
 def train_together(folder: Path) -> list[dict[str, Any]]:
     """Return what each of two ranks saw: reports, the loss of its own, statistics, progress."""
-    with socket.socket() as first, socket.socket() as second:
-        for probe in (first, second):
-            probe.bind(("127.0.0.1", 0))
-        hosts = [f"127.0.0.1:{probe.getsockname()[1]}" for probe in (first, second)]
+    from conftest import free_port
+
+    hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     ranks = []
     for rank in range(2):
         task = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": rank}}

@@ -163,7 +163,8 @@ class Sampler:
         title = "driver" if handle.pid == self.root.pid else " ".join(handle.cmdline())
         kind = kind_of(title)
         seen = self.watched.processes.setdefault(handle.pid, Process(handle.pid, kind))
-        if kind != IDLE:
+        # A process on its way out has no title any more.
+        if title and kind != IDLE:
             seen.kind = kind
         times = handle.cpu_times()
         seen.cpu_s = times.user + times.system
