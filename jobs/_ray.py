@@ -46,7 +46,11 @@ def start_ray() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    _join(ray)
+    try:
+        _join(ray)
+    except SystemExit:
+        # From the handler that Ray has for SIGTERM while it starts.
+        raise KeyboardInterrupt from None
     _hide_token()
     # Ray has put a handler of its own in place, one that aborts.
     end_on_sigterm()

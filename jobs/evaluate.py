@@ -22,7 +22,7 @@ import click
 from denoise_core.config import EvaluateConfig
 from denoise_core.pipelines.evaluate import Outcome, Watcher, run_evaluation
 from jobs._cli import settings_command
-from jobs._ray import start_ray
+from jobs._ray import end_on_sigterm, start_ray
 
 EXIT_OVER_BUDGET = 3
 PLAIN_EVERY_S = 10.0
@@ -31,6 +31,7 @@ SHOWN_FAILURES = 5
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate by `config`, show progress, print the table. Returns the exit code."""
+    end_on_sigterm()
     with display() as watcher:
         outcome = run_evaluation(config, watcher=watcher, start_ray=start_ray)
     print_outcome(outcome, config)

@@ -199,6 +199,19 @@ def ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Exceptio
     return errors
 
 
+def test_sigterm_while_ray_starts_is_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, ray_starts: list[Exception]
+) -> None:
+    """Ray then has a handler of its own in place, which exits with the signal's number."""
+    import ray
+
+    from jobs import _ray
+
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))
+    with pytest.raises(KeyboardInterrupt):
+        _ray.start_ray()
+
+
 def test_ray_that_cannot_be_joined_is_one_sentence(
     tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch, ray_starts: list[Exception]
 ) -> None:

@@ -342,6 +342,40 @@ def test_an_interrupted_run_leaves_nothing_at_work(
     assert finished <= len(rows_of(tmp_path / "out")) < 30
 
 
+def test_an_interrupted_assembly_is_ended_too(
+    ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would publish over what a later run has made. Here it takes a minute."""
+    import ray
+
+    from denoise_core.pipelines.flow import Flow
+
+    begun = threading.Event()
+    assemble = Flow.assemble
+
+    def noted(flow: Flow, facts: Any) -> None:
+        assemble(flow, facts)
+        begun.set()
+
+    class Interrupting(Notes):
+        def update(self, *_: Any) -> None:
+            if begun.is_set():
+                begun.clear()
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Flow, "assemble", noted)
+    (tmp_path / "in").mkdir()
+    big = as_dtype(picture(600, 900, 3, seed=2), "uint8")
+    tifffile.imwrite(tmp_path / "in/slow-big.tif", big, tile=(128, 128), photometric="rgb")
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "in", tmp_path / "out", stand_in, Interrupting())
+    end = time.monotonic() + 45
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < end, "something is still at work"
+        time.sleep(0.2)
+    assert not (tmp_path / "out/images/slow-big.tif").exists()
+
+
 def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -> None:
     """A whole process: JSON lines, exit 3, then 0 within the budget, without starting Ray."""
     source, out = tmp_path / "in", tmp_path / "out"

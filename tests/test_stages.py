@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.errors import CheckpointError
 from denoise_core.images import ImageHeader, ImageMetadata, decode
-from denoise_core.pipelines import evaluate
+from denoise_core.pipelines import cluster, evaluate
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead, set_data_context
 from denoise_core.pipelines.denoise import _Run
 from denoise_core.pipelines.job import Facts, Job, Model, merge_reference
@@ -379,3 +380,18 @@ def policy_with(blocks: int, size: int) -> _ReadAhead:
     )
     settings = SimpleNamespace(get_config=lambda key: (1, 60))
     return _ReadAhead(settings, defaultdict(lambda: waiting), None)
+
+
+def test_work_that_fails_to_end_hides_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    class Failing:
+        def shutdown(self, *, force: bool) -> None:
+            ended.set()
+            raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(cluster, "_executors", {Failing()})
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    cluster.end_execution(thread, patience_s=30.0)
+    assert not thread.is_alive()

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers import by_name, denoise, files_with, ray_folder
+from helpers import by_name, denoise, files_with, ray_folder, wait_until
 from PIL import Image
 from rich.console import Console
 from tiny_training import TINY, kill_all, start_tiny
@@ -99,6 +99,19 @@ def resumed(data, tmp_path_factory):
     kill_all(process)
     before = history(output)
     return before, output, *finish(*arguments, "--resume")
+
+
+@pytest.mark.ray
+def test_sigterm_ends_in_order(data, tmp_path):
+    process = start_tiny(
+        "train", data, "--output", tmp_path / "run", *SHORT, "--steps", 10_000, STRETCH_THE_END="1"
+    )
+    wait_until(lambda: history(tmp_path / "run"), process)
+    process.terminate()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert err == "Interrupted. The last checkpoint is safe; go on with --resume.\n"
+    assert not (tmp_path / "run/.denoise/lock.json").exists()
 
 
 @pytest.mark.ray

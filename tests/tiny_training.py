@@ -1,6 +1,7 @@
 """A preset that trains in seconds, and the jobs that train run with it, each as a process.
 
 `python tiny_training.py JOB ARGUMENTS` is `python -m jobs.JOB ARGUMENTS` that knows preset 'tiny'.
+STRETCH_THE_END in the environment: see `worker_hook.stretch_the_end`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import worker_hook
 
 from denoise_core.presets import PRESETS, Preset, Stage
 
@@ -56,4 +58,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 if __name__ == "__main__":
     PRESETS["tiny"] = TINY
+    if "STRETCH_THE_END" in os.environ:
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+        worker_hook.stretch_the_end()
     importlib.import_module(f"jobs.{sys.argv.pop(1)}").main()

@@ -185,8 +185,25 @@ def start_ray() -> None:
     end_on_sigterm()
 
 
+def stretch_the_end() -> None:
+    """Make long the moment at exit in which Ray's core is gone and Python does not know.
+
+    A thread that asks Ray for something then ends the process with code 1.
+    """
+    import ray
+
+    class Core(ray._raylet.CoreWorker):
+        def shutdown_driver(self) -> None:
+            super().shutdown_driver()
+            time.sleep(2.0)
+
+    ray._raylet.CoreWorker = Core
+
+
 if __name__ == "__main__":
     # `python worker_hook.py ARGUMENTS`: jobs.denoise with the hook.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    stretch_the_end()
     from jobs import denoise
 
     denoise.start_ray = start_ray

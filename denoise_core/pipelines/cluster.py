@@ -8,12 +8,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import ray
 import ray.data
+from ray._private import state
+from ray._private.worker import global_worker
 from ray.data._internal import stats
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.data._internal.execution import metadata_fetcher, node_trackers
@@ -140,15 +143,33 @@ def set_data_context(
 def end_execution(thread: threading.Thread, *, patience_s: float) -> None:
     """End what Ray Data executes in this process, and with it the `thread` that iterates it.
 
-    A thread that still asks Ray for something while the process exits prints Ray's error, and may
-    make 1 of its exit code.
+    Ray's core ends a process with code 1 where a thread asks it for something, or lets go of a
+    reference, while it shuts down at the exit.
     """
     until = time.monotonic() + patience_s
     while thread.is_alive() and time.monotonic() < until:
-        # Again: the thread may have been on its way to start it.
-        for executor in list(_executors):
-            executor.shutdown(force=True)
+        # Again: the thread may have been on its way to start it. What ends the work says more than
+        # an error of its end.
+        with suppress(Exception):
+            for executor in list(_executors):
+                executor.shutdown(force=True)
         thread.join(0.1)
+
+
+def end_training(thread: threading.Thread, *, patience_s: float) -> None:
+    """End this job's Ray Train controller, and with it its workers and the `thread` that waits.
+
+    Else they would train on while nobody holds the output; and see `end_execution`.
+    """
+    until = time.monotonic() + patience_s
+    job = ray.get_runtime_context().get_job_id()
+    with suppress(Exception):
+        while thread.is_alive() and time.monotonic() < until:
+            for name, facts in state.actors().items():
+                mine = facts["JobID"] == job and facts["State"] != "DEAD"
+                if mine and facts["ActorClassName"] == "TrainController":
+                    ray.kill(global_worker.core_worker.get_actor_handle(ray.ActorID.from_hex(name)))
+            thread.join(0.2)
 
 
 def beside_driver() -> dict[str, Any]:

@@ -100,6 +100,9 @@ class Flow:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(ray.exceptions.RayError):
+            for reference in self.assembling:
+                ray.cancel(reference, force=True)
         end_execution(self.thread, patience_s=END_S)
 
     def __iter__(self) -> Iterator[Facts | None]:

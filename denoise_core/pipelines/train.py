@@ -37,7 +37,7 @@ from denoise_core.devices import NO_GPU, choose_precision, configure_tensorflow,
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
 from denoise_core.lock import new_run_id, output_lock
 from denoise_core.models import architecture, input_size
-from denoise_core.pipelines.cluster import beside_driver, keep_actors_here
+from denoise_core.pipelines.cluster import beside_driver, end_training, keep_actors_here
 from denoise_core.pipelines.crops import STREAM_CPUS, RayStream
 from denoise_core.pipelines.tensorflow_trainer import Config, TensorflowTrainer
 from denoise_core.presets import Preset, Stage
@@ -54,6 +54,9 @@ WORKER_CPUS = 0.5
 SAMPLES_EVERY = 5
 # Drawing curves takes half a second, as long as an epoch of a small preset may.
 CURVES_S = 30.0
+
+# A training that nobody waits for any more has so long to end before the process goes on to exit.
+END_S = 10.0
 
 Array = np.ndarray
 Show = Callable[[dict[str, Any]], None]
@@ -227,8 +230,12 @@ def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     told: list[DenoiseError] = []
-    while thread.is_alive():
-        _read(mail, told=told, show=show, wait_s=0.5)
+    try:
+        while thread.is_alive():
+            _read(mail, told=told, show=show, wait_s=0.5)
+    except BaseException:
+        end_training(thread, patience_s=END_S)
+        raise
     _read(mail, told=told, show=show, wait_s=0.1)
     if told:
         raise told[0]

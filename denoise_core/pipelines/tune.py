@@ -213,6 +213,8 @@ class Board:
 def _fit(search: Search, board: Board, output: Path) -> None:
     # It prints the tracebacks of workers that died; the table has a sentence for each.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL + 1)
+    # Else it ends as if all trials had come to their end.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     try:
         _tuner(search, board, output).fit()
     except (ray.exceptions.RayError, tune.TuneError) as error:
