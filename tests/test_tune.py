@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import signal
 import time
 import tomllib
 from collections import Counter as Counts
@@ -633,6 +634,17 @@ def test_wrong_usage_is_told_before_ray_starts(tiny, data, tmp_path, settings, s
 def test_settings_are_checked_when_they_are_made(data, tmp_path, settings, sentence):
     with pytest.raises(UsageError, match=sentence):
         config_of(data, tmp_path, **settings)
+
+
+def test_ctrl_c_is_left_to_the_job(tmp_path, monkeypatch):
+    from ray.tune.tune import _setup_signal_catching
+
+    from denoise_core.pipelines import tune
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(tune, "_tuner", lambda *_: SimpleNamespace(fit=_setup_signal_catching))
+    tune._fit(None, None, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def table(output: Path) -> dict[str, dict[str, str]]:
