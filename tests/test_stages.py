@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -394,4 +395,25 @@ def test_work_that_fails_to_end_hides_no_other_error(monkeypatch: pytest.MonkeyP
     thread = threading.Thread(target=ended.wait)
     thread.start()
     cluster.end_execution(thread, patience_s=30.0)
+    assert not thread.is_alive()
+
+
+@pytest.mark.ray
+def test_the_controller_of_an_interrupted_training_is_ended(ray_session: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class TrainController:
+        def run(self) -> None:
+            time.sleep(120)
+
+    controller = TrainController.remote()
+
+    def fit() -> None:
+        with suppress(ray.exceptions.RayActorError):
+            ray.get(controller.run.remote())
+
+    thread = threading.Thread(target=fit)
+    thread.start()
+    cluster.end_training(thread, patience_s=60.0)
     assert not thread.is_alive()
