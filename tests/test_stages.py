@@ -9,6 +9,7 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -402,12 +403,13 @@ def test_work_that_fails_to_end_hides_no_other_error(monkeypatch: pytest.MonkeyP
 def test_the_controller_of_an_interrupted_training_is_ended(ray_session: None) -> None:
     import ray
 
-    @ray.remote(num_cpus=0)
     class TrainController:
         def run(self) -> None:
             time.sleep(120)
 
-    controller = TrainController.remote()
+    TrainController.__qualname__ = "TrainController"
+    actor: Any = ray.remote(num_cpus=0)(TrainController)
+    controller = actor.remote()
 
     def fit() -> None:
         with suppress(ray.exceptions.RayActorError):
