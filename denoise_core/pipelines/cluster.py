@@ -148,11 +148,11 @@ def end_execution(thread: threading.Thread, *, patience_s: float) -> None:
     """
     until = time.monotonic() + patience_s
     while thread.is_alive() and time.monotonic() < until:
-        # Again: the thread may have been on its way to start it. What ends the work says more than
-        # an error of its end.
+        # Again: the thread may have been on its way to start it. Not by force: Ray prints a line of
+        # each actor that is killed at its work. What ends the work says more than an error here.
         with suppress(Exception):
             for executor in list(_executors):
-                executor.shutdown(force=True)
+                executor.shutdown(force=False)
         thread.join(0.1)
 
 
