@@ -29,6 +29,8 @@ def start_ray() -> None:
     # Ray's C++ core writes warnings about its own internals to stderr, as TensorFlow's does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Of what an interrupted job asked for and nobody takes, Ray would print the error.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # A worker for reading and writing takes seconds of CPU to start; Ray ends it after one idle.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     if os.environ.get("RAY_ADDRESS"):

@@ -162,8 +162,8 @@ def end_training(thread: threading.Thread, *, patience_s: float) -> None:
     Else they would train on while nobody holds the output; and see `end_execution`.
     """
     until = time.monotonic() + patience_s
-    job = ray.get_runtime_context().get_job_id()
     with suppress(Exception):
+        job = ray.get_runtime_context().get_job_id()
         while thread.is_alive() and time.monotonic() < until:
             for name, facts in state.actors().items():
                 mine = facts["JobID"] == job and facts["State"] != "DEAD"

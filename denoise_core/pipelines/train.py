@@ -233,6 +233,9 @@ def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
     try:
         while thread.is_alive():
             _read(mail, told=told, show=show, wait_s=0.5)
+    except ray.exceptions.RayError:
+        # Where Ray itself is lost, nobody answers any more.
+        raise
     except BaseException:
         end_training(thread, patience_s=END_S)
         raise
