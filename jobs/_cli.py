@@ -1,7 +1,7 @@
 """Makes a command line from a settings class, and turns errors into sentences and exit codes.
 
 Precedence: flag > environment (DENOISE_OUTPUT, ...) > configuration file > default.
-Exit codes: 0 done, 1 the run failed, 2 wrong usage; a job may return others itself.
+Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted; a job may return others.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def settings_command(
     )
 
     def callback(**values: Any) -> None:
-        sys.exit(_guarded(lambda: run(settings(**values)), interrupted=interrupted))
+        sys.exit(guarded(lambda: run(settings(**values)), interrupted=interrupted))
 
     return SettingsCommand(
         name,
@@ -107,7 +107,11 @@ def settings_command(
     )
 
 
-def _guarded(body: Callable[[], int], *, interrupted: str) -> int:
+def guarded(body: Callable[[], int], *, interrupted: str) -> int:
+    """Return `body`'s exit code; of an error print a sentence, and return that error's code.
+
+    `interrupted` is the sentence for who ends it early.
+    """
     try:
         return body()
     except UsageError as error:

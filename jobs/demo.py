@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 
+from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
+from denoise_core.errors import UsageError
 from denoise_core.samples import before_after, write_samples
 from jobs import denoise
-from jobs._ray import start_ray
+from jobs._cli import guarded
+from jobs._ray import end_on_sigterm, start_ray
 
 PARTS = ("noisy", "clean", "out")
 MARKER = ".denoise-demo"
@@ -19,10 +23,10 @@ MARKER = ".denoise-demo"
 
 
 def make_room(root: Path) -> None:
-    """Delete what an earlier demo left. Raises click.UsageError where it may be someone's own."""
+    """Delete what an earlier demo left. Raises UsageError where it may be someone's own."""
     found = [part for part in PARTS if (root / part).exists()]
     if found and not (root / MARKER).exists():
-        raise click.UsageError(
+        raise UsageError(
             f"--output {root}: its {' and '.join(found)} were not made by this demo, which would "
             "replace them. Name a new folder, or delete them first."
         )
@@ -37,7 +41,13 @@ def make_room(root: Path) -> None:
 @click.option("--model", default="unet-s", show_default=True, help="A shipped name or a path.")
 def main(output: str, model: str) -> None:
     """Write noisy samples, run the denoising job on them, draw before and after."""
-    root = Path(output)
+    sys.exit(guarded(lambda: run(Path(output), model), interrupted="The same command begins anew."))
+
+
+def run(root: Path, model: str) -> int:
+    """Make the demo in `root` and print where to look. Returns the exit code."""
+    end_on_sigterm()
+    load_checkpoint(model, measure=False)  # a wrong name is said before anything is deleted
     make_room(root)
     with ThreadPoolExecutor(1) as pool:
         # The samples are made while Ray's processes start.
@@ -53,7 +63,7 @@ def main(output: str, model: str) -> None:
     code = denoise.run(config)
     if code == 0:
         click.echo(f"Before and after: {before_after(root, root / 'out')}")
-    raise SystemExit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import sys
 
 import click
 
+from jobs._cli import guarded
+
 
 @click.command(help="Write OUT/reports/summary.json and OUT/report.html from the rows of a run.")
 @click.argument("out")
@@ -26,16 +28,24 @@ import click
 )
 def main(out: str, s3_endpoint: str | None, examples: int) -> None:
     """Parse, build, print where to look."""
-    from denoise_core.errors import DenoiseError, ObjectNotFound, UsageError
+    sys.exit(
+        guarded(
+            lambda: run(out, s3_endpoint, examples), interrupted="The same command writes both."
+        )
+    )
+
+
+def run(out: str, s3_endpoint: str | None, examples: int) -> int:
+    """Write summary and page of OUT, print where to look. Returns the exit code."""
+    from denoise_core.errors import ObjectNotFound, UsageError
     from denoise_core.report import build_report
     from denoise_core.storage import StorageOptions, join
 
+    options = StorageOptions(s3_endpoint=s3_endpoint)
     try:
-        options = StorageOptions(s3_endpoint=s3_endpoint)
         summary = build_report(out, options, examples=examples)
-    except DenoiseError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError | ObjectNotFound) else 1)
+    except ObjectNotFound as error:
+        raise UsageError(str(error)) from error
     images = summary["images"]
     click.echo(
         f"{images['total']:,} images: {images['ok']:,} denoised, {images['copied']:,} copied, "
@@ -44,6 +54,7 @@ def main(out: str, s3_endpoint: str | None, examples: int) -> None:
     )
     click.echo(join(out, "reports", "summary.json"))
     click.echo(join(out, "report.html"))
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
+import denoise_core.report
 from denoise_core.config import DenoiseConfig
 from denoise_core.errors import RunFailed
 from denoise_core.pipelines.denoise import Outcome, Totals
-from jobs import denoise
+from jobs import demo, denoise, report
 from jobs._cli import settings_command
 from jobs._progress import print_outcome, rate, seconds_left
 from jobs.demo import MARKER, make_room
@@ -306,8 +306,8 @@ def test_failed_images_say_nothing_of_the_speed() -> None:
 def test_the_demo_deletes_nothing_but_its_own(tmp_path: Path) -> None:
     (tmp_path / "noisy").mkdir()
     (tmp_path / "noisy/mine.png").touch()
-    with pytest.raises(click.UsageError, match="its noisy were not made by this demo"):
-        make_room(tmp_path)
+    result = CliRunner().invoke(demo.main, ["--output", str(tmp_path)])
+    assert (result.exit_code, "its noisy were not made by this demo" in result.output) == (2, True)
     assert (tmp_path / "noisy/mine.png").exists()
     fresh = tmp_path / "fresh"
     make_room(fresh)
@@ -315,3 +315,24 @@ def test_the_demo_deletes_nothing_but_its_own(tmp_path: Path) -> None:
     (fresh / "kept").mkdir()
     make_room(fresh)
     assert {path.name for path in fresh.iterdir()} == {MARKER, "kept"}
+
+
+def test_the_demo_names_a_wrong_model_before_it_deletes_or_starts_anything(tmp_path: Path) -> None:
+    make_room(tmp_path)
+    (tmp_path / "out").mkdir()
+    result = CliRunner().invoke(demo.main, ["--output", str(tmp_path), "--model", "unet-z"])
+    assert (result.exit_code, (tmp_path / "out").exists()) == (2, True)
+    assert "Error: --model 'unet-z': neither a shipped model" in result.output
+
+
+def test_an_interrupted_demo_or_report_is_an_interrupted_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "start_ray", interrupt)
+    monkeypatch.setattr(denoise_core.report, "build_report", interrupt)
+    for command, arguments in ((demo.main, ["--output", str(tmp_path)]), (report.main, ["out"])):
+        result = CliRunner().invoke(command, arguments)
+        assert (result.exit_code, "Interrupted. The same" in result.output) == (130, True)
