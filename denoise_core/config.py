@@ -319,7 +319,8 @@ class TrainConfig:
     preset: str = setting("unet-s", "Architecture and recipe.", metavar="NAME")
     noise: tuple[str, ...] = setting(
         (),
-        "Noise added to clean images, such as gaussian:0-55; of several, each crop draws one.",
+        "Noise added to clean images, such as gaussian:0-55 (sigma in 1/255; README has all); "
+        "of several, each crop draws one.",
         metavar="SPEC...",
         many=True,
     )

@@ -3,7 +3,7 @@
 An INPUT is a file, a folder, a glob or s3://bucket/prefix; a folder called *.zarr is one image.
 
 Exit codes: 0 done within the error budget, 1 the run failed, 2 wrong usage, 3 finished with more
-failed images than --max-error-rate allows.
+failed images, those of earlier runs included, than --max-error-rate allows, 130 interrupted.
 """
 
 from __future__ import annotations

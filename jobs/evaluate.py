@@ -6,7 +6,7 @@
 
 Leaves OUT/evaluation.html, OUT/pictures, OUT/summary.json and OUT/reports/evaluation.
 Exit codes: 0 done, 1 the run failed, 2 wrong usage, 3 finished, but more images could not be used
-than --max-error-rate allows.
+than --max-error-rate allows, 130 interrupted.
 """
 
 from __future__ import annotations

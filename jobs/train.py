@@ -1,4 +1,7 @@
-"""Train a denoiser: `python -m jobs.train DATA... --output RUN --preset NAME`."""
+"""Train a denoiser: `python -m jobs.train DATA... --output RUN --preset NAME`.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A trial trains the preset with settings drawn from --space; those that fall behind end early. OUT
 gets `trials.csv`, `tune.png` and `best.toml`, which `jobs.train --config` takes.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def _psutil() -> Any:
     except ImportError as error:
         raise UsageError(
             "The benchmark needs the package 'psutil', which is not installed. "
-            "Install the extra 'benchmark': pip install 'denoise-jobs[benchmark]'"
+            "Install the extra 'benchmark' (uv pip install '.[benchmark]')."
         ) from error
     return psutil
 

@@ -218,5 +218,5 @@ def _optional(module: str, *, method: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"The method {method!r} needs the package {module!r}, which is not installed. "
-            "Install the extra 'benchmark': pip install 'denoise-jobs[benchmark]'"
+            "Install the extra 'benchmark' (uv pip install '.[benchmark]')."
         ) from error

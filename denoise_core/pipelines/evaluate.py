@@ -128,7 +128,7 @@ def make_plan(config: EvaluateConfig, watcher: Watcher) -> Plan:
     filters, absent = choose_filters(config.baselines)
     if absent:
         watcher.note(
-            f"Left out {', '.join(absent)}: not installed; pip install 'denoise-jobs[benchmark]'."
+            f"Left out {', '.join(absent)}: not installed (uv pip install '.[benchmark]')."
         )
     options = StorageOptions(s3_endpoint=config.s3_endpoint)
     models = label_models(config.model, model_range=config.model_range, options=options)
