@@ -29,7 +29,7 @@ def cpu_has_bfloat16() -> bool:
 def configure_tensorflow(*, threads: int | None, use_gpu: bool) -> Any:
     """Import TensorFlow with quiet logs, bounded threads and GPU memory that grows.
 
-    For a process of its own: no garbage collection looks at what is in memory then any more.
+    For a process of its own: it calls gc.freeze(), so objects that exist now are never collected.
     Must run before TensorFlow makes its first tensor. Without `use_gpu` all GPUs are hidden: Ray
     2.60 shows every GPU to workers that asked for none.
     """

@@ -38,7 +38,8 @@ class Preset:
 
     `default_halo` is in pixels. `noise` and `validation_noise` are texts that `parse_noise` reads.
     The rate warms up over `warmup_steps` and then follows `schedule`: 'cosine' to zero at the end,
-    'plateau' or 'constant'. `loss` is one of `training.LOSSES`; from the share `mse_from` of the
+    'plateau' or 'constant'. `loss` is a name that
+    `training.loss_function` takes; from the share `mse_from` of the
     schedule on it is the squared error. `sample` is the one (height, width) of the images that the
     preset is for. `epochs` is the length where the user gives none; `order` 'epochs' shows every
     image once in an epoch, 'draws' takes images at random by the root of their pixels.

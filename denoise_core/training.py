@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,8 +65,8 @@ HISTORY = "history.csv"
 # The settings that a training was begun or last resumed with, beside it.
 SETTINGS = "train.json"
 # What `--resume` takes as it was: the task, so that losses compare, and the network. All else may
-# change: the length, the machine, what helps a training that diverged. So may DATA, which somebody
-# may have moved; what is held out of them goes by their paths below DATA.
+# change: the length, the machine, what helps a training that diverged. So may DATA, which may
+# have moved: what is held out is chosen by the paths below it.
 TASK = (
     *("preset", "arguments", "noise", "noisy", "clean", "self_supervised", "validation"),
     *("validation_data", "seed", "grey", "augment", "crop", "loss", "optimizer", "ema"),
@@ -74,7 +74,10 @@ TASK = (
 
 
 class Source(Protocol):
-    """Makes the batches of a stage: (noisy, clean) of this worker's share, from `step` on."""
+    """Makes the batches of a stage, from `step` on: this worker's share of each.
+
+    A batch is (noisy, clean), float32 (samples, crop, crop, C); clean is in [0, 1].
+    """
 
     def __call__(self, stage: Stage, *, step: int) -> Batches:
         """Return an iterator without end, with `close()`."""
@@ -344,7 +347,10 @@ def communication(gpus: float | None, *, seen: bool) -> str:
 
 
 def psnr_of(output: Array, clean: Array) -> float:
-    """PSNR in dB of values in [0, 1], the output clipped and rounded to 8 bits."""
+    """Return the PSNR in dB, at most 120, of float arrays of one shape in [0, 1].
+
+    The output is clipped and rounded to 8 bits, the clean one taken as it is.
+    """
     rounded = np.round(np.clip(output, 0.0, 1.0) * 255.0) / 255.0
     return -10.0 * math.log10(max(float(np.mean((rounded - clean) ** 2)), 1e-12))
 
@@ -555,7 +561,10 @@ class Trainer:
         return self.progress.step % every == 0
 
     def train_step(self, noisy: Array, clean: Array, *, fraction: float) -> float:
-        """Take one optimizer step at that share of the schedule; return the loss."""
+        """Take one optimizer step at that share of the schedule; return the loss.
+
+        `noisy` and `clean` are a `Source`'s batch. Raises RunFailed where the loss is not finite.
+        """
         import tensorflow as tf
 
         rate = learning_rate(self.preset, self.config, self.progress)
@@ -677,8 +686,7 @@ class Trainer:
         arrays |= {f"s{i:04d}": v.numpy() for i, v in enumerate(_seeds(self.model))}
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "state.npz", **arrays)
-        progress = {name: getattr(self.progress, name) for name in Progress.__slots__}
-        (folder / "progress.json").write_text(json.dumps(progress))
+        (folder / "progress.json").write_text(json.dumps(asdict(self.progress)))
 
     def load_state(self, folder: Path) -> None:
         """Take up weights, averages, optimizer and progress, or none of them.

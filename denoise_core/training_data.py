@@ -1,7 +1,7 @@
 """Training data: images, IDX files and pairs -> noisy and clean crops.
 
     data = TrainingData.index(config, recipe)            # names and sizes, split; no pixels yet
-    sampler = Sampler(data.training, config, recipe)
+    sampler = Sampler.make(data.training, config, recipe)
     noisy, clean = sampler.batch(step=0, crop=64, places=range(8))
 
 A batch is a function of (seed, step, place in the batch) alone. So a resumed run continues where it
@@ -569,7 +569,11 @@ class Sampler:
     def batch(
         self, *, step: int, crop: int, places: range, size: int | None = None
     ) -> tuple[Array, Array]:
-        """Return the samples `places` of the global batch of `step`, which has `size`, stacked."""
+        """Return (noisy, clean), float32 (len(places), crop, crop, C): these `places` of a step.
+
+        The global batch of `step` has `size` samples, by default just these. What the two hold
+        without a clean image, `sample` says.
+        """
         size = size or len(places)
         pairs = [self.sample(step=step, place=p, crop=crop, size=size) for p in places]
         noisy, clean = zip(*pairs, strict=True)

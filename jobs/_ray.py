@@ -29,14 +29,15 @@ def start_ray() -> None:
     # Ray's C++ core writes warnings about its own internals to stderr, as TensorFlow's does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Of what an interrupted job asked for and nobody takes, Ray would print the error.
+    # Else Ray prints the errors of tasks that an interrupted job no longer waits for.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # A worker for reading and writing takes seconds of CPU to start; Ray ends it after one idle.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     if os.environ.get("RAY_ADDRESS"):
-        # Calls to a machine that is cut off stay open until Ray asks: after 300 s, and for 120 s
-        # more. Ray's servers hang up on who asks more often than once a minute: a training's one
-        # long call. On one machine nothing is cut off, and a busy one answers late.
+        # gRPC's keepalive. By default Ray pings a silent connection after 300 s and waits for 120,
+        # so a cut link is noticed after seven minutes. Its servers drop whoever pings more often
+        # than once a minute, and with that the one long call of a training. On one machine no link
+        # is cut, and a busy one answers late.
         os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
         os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
     else:

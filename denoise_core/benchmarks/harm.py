@@ -18,7 +18,7 @@ from PIL import Image
 
 from denoise_core import metrics
 from denoise_core.benchmarks.model import ModelConfig
-from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
+from denoise_core.benchmarks.pictures import picture_files, read_picture
 from denoise_core.benchmarks.quality import parse_sigmas
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.choice import is_coarse, is_quiet, noise_sigma, residual_rms
@@ -26,6 +26,7 @@ from denoise_core.config import DenoiseConfig, require, setting
 from denoise_core.denoiser import Denoiser
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.images import DecodedImage, decode
+from denoise_core.pairs import spread
 
 Array = np.ndarray
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from denoise_core.benchmarks.tables import cores
+from denoise_core.devices import cores
 from denoise_core.errors import UsageError
 from denoise_core.images import decode
+from denoise_core.pairs import spread
 
 Array = np.ndarray
 
@@ -52,13 +53,6 @@ def picture_files(folder: str | None) -> list[Path]:
 def read_picture(path: Path) -> Array:
     """Return the pixels (H, W, C) without alpha, C 1 for grey images."""
     return decode(path.read_bytes(), name=path.name).pixels
-
-
-def spread(files: Sequence[Path], most: int | None) -> list[Path]:
-    """Return at most `most` of the files, evenly spread over the list."""
-    if most is None or len(files) <= most:
-        return list(files)
-    return [files[index * len(files) // most] for index in range(most)]
 
 
 def photographs(folder: str | None) -> list[Array]:

@@ -13,13 +13,14 @@ import numpy as np
 from denoise_core import metrics
 from denoise_core.benchmarks.child import call
 from denoise_core.benchmarks.model import ModelConfig
-from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
+from denoise_core.benchmarks.pictures import picture_files, read_picture
 from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import require, setting
 from denoise_core.denoiser import Denoiser
 from denoise_core.devices import cpu_has_bfloat16
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
+from denoise_core.pairs import spread
 
 TYPES = ("float32", "bfloat16")
 

@@ -19,21 +19,20 @@ import numpy as np
 
 from denoise_core import metrics
 from denoise_core.benchmarks.model import ModelConfig
-from denoise_core.benchmarks.pictures import picture_files, read_picture, spread
-from denoise_core.benchmarks.tables import Result, cores, number, table
+from denoise_core.benchmarks.pictures import picture_files, read_picture
+from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.config import nearest, require, setting
+from denoise_core.devices import cores
 from denoise_core.errors import UsageError
-from denoise_core.evaluation.methods import find_model, label_models
+from denoise_core.evaluation.methods import SLOW, find_model, label_models
 from denoise_core.evaluation.protocol import noisy_of, to_bytes
 from denoise_core.models.classical import CLASSICAL
+from denoise_core.pairs import spread
 
 Array = np.ndarray
 Method = Callable[[Array, float], Array]
 
 BASELINES = "identity,wavelet,tv,nlm,nlm-opencv,bm3d"
-SLOW = ("bm3d", "nlm", "nlm-opencv", "tv")
-"""Baselines that see only `--limit` images."""
-
 PROTOCOL = (
     "Protocol A: 8-bit image as floats in [0, 1], N(0, sigma/255) added with NumPy's seed 0 set "
     "again for each image, neither clipped nor quantised; output clipped and rounded to 8 bits; "

@@ -28,10 +28,11 @@ from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.processes import Moment, Watched, watch
 from denoise_core.benchmarks.quality import split_words
 from denoise_core.benchmarks.simulation import PIXELS
-from denoise_core.benchmarks.tables import Result, cores, megabytes, number, table
+from denoise_core.benchmarks.tables import Result, megabytes, number, table
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import require, setting
 from denoise_core.denoiser import GPU_BATCH_PIXELS, Denoiser
+from denoise_core.devices import cores
 from denoise_core.errors import UsageError
 from denoise_core.tiling import Patch, Tile
 

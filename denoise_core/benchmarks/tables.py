@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from denoise_core.devices import cpu_has_bfloat16
+from denoise_core.devices import cores, cpu_has_bfloat16
 
 PACKAGES = (
     "ray", "tensorflow", "keras", "numpy", "pyarrow", "imagecodecs", "tifffile", "scikit-image",
@@ -51,11 +51,6 @@ def number(value: float | None, digits: int = 2) -> str:
 def megabytes(size: float | None) -> str:
     """Return bytes as MB of 10^6."""
     return "-" if size is None else f"{size / 1e6:,.0f}"
-
-
-def cores() -> int:
-    """Return the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_facts() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from denoise_core.benchmarks.child import ChildRun, call
 from denoise_core.benchmarks.model import ModelConfig
 from denoise_core.benchmarks.pictures import make_pngs, picture_files
 from denoise_core.benchmarks.processes import JobRun, run_denoise
-from denoise_core.benchmarks.tables import Result, cores, number, table
+from denoise_core.benchmarks.tables import Result, number, table
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import require, setting
 from denoise_core.denoiser import (
@@ -38,7 +38,7 @@ from denoise_core.denoiser import (
     in_unit_range,
     resolve_geometry,
 )
-from denoise_core.devices import choose_precision, import_tensorflow
+from denoise_core.devices import choose_precision, cores, import_tensorflow
 from denoise_core.images import data_range, decode, encode, to_dtype
 from denoise_core.patches import Context, Cut, batch_size, batches, cut, stack
 

@@ -12,12 +12,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from denoise_core import __version__
 from denoise_core.errors import ObjectNotFound
 from denoise_core.evaluation import page, pictures, statistics
 from denoise_core.evaluation.examples import ENDS, Example, example_uri, read_example
@@ -132,7 +132,7 @@ def publish(
     unusable = [row for row in collected.failures if row.get("method") is None]
     summary = {
         "schema_version": SUMMARY_VERSION,
-        "program_version": _version(),
+        "program_version": __version__,
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "run_id": run_id,
         "protocol": describe(noises, protocol=settings["protocol"], paired=noises == [PAIRS]),
@@ -155,13 +155,6 @@ def publish(
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     storage.write(join(out, "summary.json"), text.encode("utf-8", "backslashreplace"))
     return summary
-
-
-def _version() -> str:
-    try:
-        return version("denoise-jobs")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _write_pictures(report: Report, drawn: Sequence[pictures.Drawn]) -> None:

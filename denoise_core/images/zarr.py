@@ -475,8 +475,7 @@ class ZarrWriter:
         """Yield (name, content) for samples (h, w, S), whose sides are multiples of `unit`.
 
         Chunks that hold nothing but the fill value, where there is one, have no file, as in
-        zarr-python. Raises
-        UnsupportedImage where a codec of the source reads but does not write.
+        zarr-python. Raises UnsupportedImage where a codec of the source reads but does not write.
         """
         height, width = samples.shape[:2]
         shape, window = list(self.shape), [slice(None)] * len(self.shape)
