@@ -15,7 +15,8 @@ from typing import Any
 from denoise_core.errors import RunFailed
 
 # Ray gives its processes 30 s to start, by a constant; on a busy machine the first try may miss it.
-LOCAL_STARTS = 2
+_LOCAL_STARTS = 2
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def start_ray() -> None:
@@ -50,7 +51,7 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     try:
-        _join(ray)
+        _join()
     except SystemExit:
         # From the handler that Ray has for SIGTERM while it starts.
         raise KeyboardInterrupt from None
@@ -73,27 +74,38 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _join(ray: Any) -> None:
-    local = None if os.environ.get("RAY_ADDRESS") else "local"
-    starts = LOCAL_STARTS if local else 1
-    for start in range(1, starts + 1):
+def start_local(**options: Any) -> None:
+    """Start a Ray on this machine alone, a second time where its processes came late.
+
+    `options` are `ray.init`'s. Raises whatever that raises the last time.
+    """
+    import ray
+
+    for left in reversed(range(_LOCAL_STARTS)):
         try:
-            with _silent_stderr():
-                ray.init(
-                    address=local,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    include_dashboard=False if local else None,
-                )
+            ray.init(address="local", include_dashboard=False, **QUIET, **options)
             return
-        except Exception as error:  # Ray raises that very class where its start takes too long
-            if start < starts:
-                continue
-            where = "on this machine" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            raise RunFailed(
-                f"Ray {where} could not be started or joined ({type(error).__name__}: {reason})."
-            ) from error
+        except Exception:  # Ray raises that very class where its start takes too long
+            if not left:
+                raise
+
+
+def _join() -> None:
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        with silent_stderr():
+            if address:
+                ray.init(**QUIET)
+            else:
+                start_local()
+    except Exception as error:
+        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise RunFailed(
+            f"Ray {where} could not be started or joined ({type(error).__name__}: {reason})."
+        ) from error
 
 
 def _hide_token() -> None:
@@ -110,7 +122,7 @@ def _hide_token() -> None:
 
 
 @contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """Send the process's stderr to nowhere: the log level itself is logged, at any level.
 
     Errors of the body are Python exceptions, so none is lost.

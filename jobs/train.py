@@ -19,7 +19,7 @@ from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.training import prepare
 from jobs._cli import settings_command
 from jobs._progress import TrainingBar, is_live
-from jobs._ray import _silent_stderr, start_ray
+from jobs._ray import silent_stderr, start_ray
 
 
 def run(config: TrainConfig) -> int:
@@ -27,7 +27,7 @@ def run(config: TrainConfig) -> int:
     plan = prepare(config)
     start_ray()
     # TensorFlow, which Ray Train imports here, greets on stderr whatever its log level.
-    with _silent_stderr():
+    with silent_stderr():
         from denoise_core.pipelines.train import run_training
 
     display = Display(config)

@@ -18,7 +18,7 @@ from denoise_core.config import TuneConfig
 from denoise_core.devices import NO_GPU
 from denoise_core.trials import Trial, baseline_of, best_of, keys_of, ranked, text_of
 from jobs._cli import settings_command
-from jobs._ray import _silent_stderr, start_ray
+from jobs._ray import silent_stderr, start_ray
 
 if TYPE_CHECKING:
     from denoise_core.pipelines.tune import Search
@@ -29,7 +29,7 @@ WIDTH = 160
 
 def run(config: TuneConfig) -> int:
     """Search by `config`, print a line for each cut and end, and a table. Returns the exit code."""
-    with _silent_stderr():
+    with silent_stderr():
         from denoise_core.pipelines.tune import plan_search, run_search
 
     search = plan_search(config)

@@ -15,24 +15,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 JOB = """
 import sys
 
-import ray
-
 from denoise_core import worklist
 from denoise_core.config import DenoiseConfig
 from denoise_core.pipelines.denoise import Watcher, run_denoising
-from jobs._ray import LOCAL_STARTS
+from jobs._ray import start_local
 
 worklist.SHARD_ROWS = 4
 folder, out, model, gpus = sys.argv[1:]
-asked = {"num_cpus": 1, "num_gpus": int(gpus), "include_dashboard": False}
 
 def start():
-    for left in reversed(range(LOCAL_STARTS)):
-        try:
-            return ray.init("local", log_to_driver=False, **asked)
-        except Exception:
-            if not left:
-                raise
+    start_local(num_cpus=1, num_gpus=int(gpus))
 
 config = DenoiseConfig(inputs=(folder,), output=out, model=model)
 run_denoising(config, watcher=Watcher(), start_ray=start)

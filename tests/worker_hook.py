@@ -153,9 +153,8 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    import ray
 
-    from jobs._ray import LOCAL_STARTS, end_on_sigterm, rest_log_monitor
+    from jobs._ray import end_on_sigterm, rest_log_monitor, start_local
 
     rest_log_monitor()
     here, before = Path(__file__).parent, os.environ.get("PYTHONPATH")
@@ -164,19 +163,7 @@ def start_ray() -> None:
         filter(None, (str(here / "hooked"), str(here), before))
     )
     try:
-        for left in reversed(range(LOCAL_STARTS)):
-            try:
-                ray.init(
-                    address="local",
-                    num_cpus=2,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
-                break
-            except Exception:  # Ray raises that very class where its start takes too long
-                if not left:
-                    raise
+        start_local(num_cpus=2)
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]
