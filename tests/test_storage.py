@@ -271,6 +271,29 @@ class StorageContract:
             assert_one_sentence(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "taken"),
+    [
+        ("*.png", "Dr.Smith 1.png v1.0/Raw/A.PNG"),
+        ("*.Png", "Dr.Smith 1.png v1.0/Raw/A.PNG"),
+        ("*png", "Dr.Smith 1.png v1.0/Raw/A.PNG"),
+        ("*.TIF*", "Dr.smith 2.tif v1.0/raw.tiff"),
+        ("Dr.Smith*", "Dr.Smith 1.png"),
+        ("v1.0/Raw*", "v1.0/Raw/A.PNG"),
+        ("**/*.png", "Dr.Smith 1.png v1.0/Raw/A.PNG"),
+        ("v1.0/**/*.tif*", "v1.0/raw.tiff"),
+        ("**/Raw/**/*.png", "v1.0/Raw/A.PNG"),
+        ("v1.0**/*", "v1.0/Raw/A.PNG v1.0/raw.tiff"),
+    ],
+)
+def test_patterns_on_paths(pattern: str, taken: str) -> None:
+    """Seen: a capital behind the pattern's last dot chose the wrong files."""
+    paths = ("Dr.Smith 1.png", "Dr.smith 2.tif", "v1.0/Raw/A.PNG", "v1.0/raw.tiff")
+    expected = [path for path in paths if path in taken]
+    assert list(filter(Selection(include=(pattern,)).takes, paths)) == expected
+    assert [p for p in paths if not Selection(exclude=(pattern,)).takes(p)] == expected
+
+
 def entries(found: Iterator[Any]) -> list[Entry]:
     everything = list(found)
     assert all(isinstance(each, Entry) for each in everything), everything

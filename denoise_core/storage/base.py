@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import chain, product
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
@@ -19,6 +22,7 @@ _BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 BUNDLE_SUFFIX = ".zarr"
 """A folder whose name ends so, in any case, is one thing: listed, skipped and published whole."""
 _BUNDLE = re.compile(r"(?:^|/)[^/]+\.zarr(?=/)", re.IGNORECASE)
+_ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*/")
 _BAD_PART = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)")
 
 
@@ -100,7 +104,8 @@ class Selection:
     `pattern` is a glob, one component each ('*' stops at '/', '**' does not); what it matches may
     be a folder, which stands for its files: all of them if `recursive`, else the direct ones. An
     empty pattern matches the root itself. `include` and `exclude` are fnmatch patterns on the path
-    or on the name alone, where the case of the suffix ('.PNG') does not matter.
+    or on the name alone, where the case of the suffix ('.PNG') does not matter and '**/' stands for
+    no folder too.
     """
 
     recursive: bool = True
@@ -218,15 +223,25 @@ class Storage(ABC):
 
 
 def _matches_any(path: str, patterns: Sequence[str]) -> bool:
-    path = _with_lower_suffix(path)
-    name = path.rpartition("/")[2]
-    lowered = map(_with_lower_suffix, patterns)
-    return any(fnmatchcase(path, each) or fnmatchcase(name, each) for each in lowered)
+    spelled = [each for pattern in patterns for each in _spellings(pattern)]
+    return any(_matches(each, one) for each in (path, path.rpartition("/")[2]) for one in spelled)
 
 
-def _with_lower_suffix(path: str) -> str:
-    stem, dot, suffix = path.rpartition(".")
-    return f"{stem}{dot}{suffix.lower()}" if dot else path
+@lru_cache
+def _spellings(pattern: str) -> tuple[str, ...]:
+    """Return a pattern with and without each of its '**/', which stands for no folder too."""
+    first, *rest = _ANY_FOLDERS.split(pattern)
+    choices = product(("", "**/"), repeat=len(rest))
+    return tuple("".join((first, *chain(*zip(choice, rest, strict=True)))) for choice in choices)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    stem, suffix = posixpath.splitext(path)
+    if fnmatchcase(path, pattern) or fnmatchcase(stem + suffix.lower(), pattern):
+        return True
+    # '*.Png' as well. 'Dr.Smith*' has no such suffix: what it names goes on behind.
+    stems, suffixes = posixpath.splitext(pattern)
+    return fnmatchcase(stem, stems) and fnmatchcase(suffix.lower(), suffixes.lower())
 
 
 def is_bundle(path: str) -> bool:
