@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from denoise_core.errors import OutputLocked, RunFailed, StorageError
+from denoise_core.errors import ObjectNotFound, OutputLocked, RunFailed, StorageError
 from denoise_core.storage import Storage, join, printable
 
 HEARTBEAT_S = 10.0
@@ -90,7 +90,10 @@ def _content(run_id: str) -> bytes:
 
 
 def _holder(storage: Storage, uri: str) -> dict[str, Any] | None:
-    """What the lock file says, its names fit for a terminal: whoever can write OUT writes them."""
+    """What the lock file says, its names fit for a terminal: whoever can write OUT writes them.
+
+    None where there is no such file. Raises StorageError where that cannot be told.
+    """
     if storage.stat(uri) is None:
         return None
     try:
@@ -100,7 +103,7 @@ def _holder(storage: Storage, uri: str) -> dict[str, Any] | None:
         return held | {name: printable(str(held[name])) for name in ("run_id", "host")}
     except (ValueError, KeyError, TypeError):
         return {"run_id": "unknown", "heartbeat": 0.0}
-    except StorageError:
+    except ObjectNotFound:
         return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from denoise_core import lock
-from denoise_core.errors import OutputLocked
+from denoise_core.errors import OutputLocked, StorageUnavailable
 from denoise_core.storage import LocalStorage
 
 
@@ -79,6 +79,24 @@ def test_names_in_a_lock_file_send_nothing_to_the_terminal(
         lock._take(LocalStorage(), str(tmp_path), run_id="mine")
     clock.path.write_text(json.dumps({**held, "heartbeat": 0}))
     assert lock._take(LocalStorage(), str(tmp_path), run_id="mine").taken_from == r"\x1b[2J"
+
+
+def test_a_lock_that_cannot_be_read_is_not_taken_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: one failed read of a silent run's lock, and it was taken over as dead."""
+
+    class Stumbling(LocalStorage):
+        def read(self, uri: str) -> bytes:
+            if clock.waited >= 6:
+                raise StorageUnavailable(f"{uri}: the server is overloaded")
+            return super().read(uri)
+
+    clock = Clock(monkeypatch, tmp_path / ".denoise/lock.json", beats=[])
+    clock.beat(clock.start - 40)
+    with pytest.raises(StorageUnavailable, match="overloaded"):
+        lock._take(Stumbling(), str(tmp_path), run_id="mine")
+    assert json.loads(clock.path.read_text())["run_id"] == "other"
 
 
 @pytest.mark.parametrize("age", [20.0, -20.0])
