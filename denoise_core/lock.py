@@ -52,7 +52,7 @@ class Lock:
         if self.lost_to is not None:
             raise RunFailed(
                 f"run {self.lost_to} took over this output while run {self.run_id} gave no sign of "
-                "life; this one stops. Finished images are safe."
+                "life; this one stops and leaves the output to that one."
             )
 
 

@@ -7,7 +7,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from browsing import browser_test, resize, visit
 from click.testing import CliRunner
-from helpers import as_dtype, make_checkpoint, picture
+from helpers import as_dtype, files_below, make_checkpoint, picture
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.devices import NO_GPU
-from denoise_core.errors import ImageError, UnsupportedImage, UsageError
+from denoise_core.errors import ImageError, RunFailed, UnsupportedImage, UsageError
 from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
 from denoise_core.evaluation.methods import (
@@ -37,6 +38,7 @@ from denoise_core.evaluation.methods import (
 )
 from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
+from denoise_core.lock import Lock
 from denoise_core.metrics import psnr
 from denoise_core.models.classical import CLASSICAL
 from denoise_core.pipelines.evaluate import Watcher, collect, run_evaluation
@@ -779,8 +781,33 @@ def test_gpus_that_tensorflow_does_not_see_are_told_once(monkeypatch: pytest.Mon
         monkeypatch.setattr(
             "denoise_core.pipelines.evaluate._results", lambda *_, table=table: [table, table]
         )
-        collect(None, shots, Ear())
+        collect(None, shots, Ear(), Lock("mine"))
         assert told == [NO_GPU] * misses
+
+
+@pytest.mark.parametrize("tables", [0, 1])
+def test_an_evaluation_whose_output_another_took_over_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: int
+):
+    """The other's pictures lie where its own would be swept away."""
+    others = tmp_path / "out/.evaluate/shown/other.npz"
+
+    @contextmanager
+    def taken(*_: Any, **__: Any) -> Iterator[Lock]:
+        yield Lock("mine", lost_to="thief")
+
+    def results(*_: Any) -> list[Any]:
+        others.parent.mkdir(parents=True)
+        others.touch()
+        return [Notes().to_table([Shot("a.png", "/in/a.png")], [""])] * tables
+
+    write_png(tmp_path / "in/a.png", clean_picture(16, 16))
+    monkeypatch.setattr("denoise_core.pipelines.evaluate._results", results)
+    monkeypatch.setattr("denoise_core.pipelines.evaluate.output_lock", taken)
+    monkeypatch.setattr("denoise_core.pipelines.evaluate.END_S", 0.0)
+    with pytest.raises(RunFailed, match="run thief took over"):
+        run_evaluation(config(tmp_path / "in", output=str(tmp_path / "out")), watcher=Watcher())
+    assert files_below(tmp_path / "out") == [".evaluate/shown/other.npz"]
 
 
 def vars_of(made: EvaluateConfig) -> dict[str, Any]:

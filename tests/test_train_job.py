@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,7 +41,7 @@ from denoise_core.errors import (
     StorageUnavailable,
     UsageError,
 )
-from denoise_core.lock import HEARTBEAT_S, output_lock
+from denoise_core.lock import HEARTBEAT_S, Lock, output_lock
 from denoise_core.models import build_model
 from denoise_core.presets import PRESETS
 from denoise_core.storage import LocalStorage, storage_for
@@ -342,6 +343,21 @@ def test_a_training_holds_the_lock_of_its_output_and_takes_that_of_a_dead_one(
         train.run_training(plan, show=print)
 
 
+def test_a_training_whose_output_another_took_over_is_ended(monkeypatch):
+    from denoise_core.pipelines import train
+
+    def no_mail(timeout):
+        lock.lost_to = "thief"
+        raise train.Empty
+
+    lock, ended = Lock("mine"), threading.Event()
+    monkeypatch.setattr(train, "end_training", lambda *_, **__: ended.set())
+    trainer, mail = SimpleNamespace(fit=lambda: ended.wait(60)), SimpleNamespace(get=no_mail)
+    with pytest.raises(RunFailed, match="run thief took over"):
+        train._fit(trainer, mail=mail, show=print, lock=lock)
+    assert ended.is_set()
+
+
 @pytest.mark.parametrize(
     ("psnr", "text"), [(31.257, "validation PSNR 31.26 dB"), (None, "validation loss 0.01250")]
 )
@@ -638,7 +654,7 @@ def trained_presets(folder: Path, workers: int) -> dict[tuple[str, int], dict[st
     rows: list[dict[str, Any]] = []
     mail = Queue(actor_options=beside_driver())
     trainer = _ray_trainer(Plan(plans[0].config, plans[0].preset, plans), mail)
-    _fit(trainer, mail=mail, show=rows.append)
+    _fit(trainer, mail=mail, show=rows.append, lock=Lock("mine"))
     mail.shutdown(force=True)
     return {row["key"]: row for row in rows}
 

@@ -22,7 +22,7 @@ from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.config import TrainConfig, TuneConfig
 from denoise_core.errors import OutputLocked, RunFailed, UsageError
-from denoise_core.lock import output_lock
+from denoise_core.lock import Lock, output_lock
 from denoise_core.presets import PRESETS, Preset
 from denoise_core.space import (
     Choices,
@@ -383,7 +383,22 @@ def board_of(tmp_path, *, resume=False):
     settings = ({}, {"loss": "l1"}, {"loss": "mse"}, {"loss": "l2"})
     search = SimpleNamespace(trials=settings, config=SimpleNamespace(resume=resume))
     heard = []
-    return Board(search, tmp_path, lambda event, row, _: heard.append((event, row.number))), heard
+
+    def hear(event, row, _):
+        heard.append((event, row.number))
+
+    return Board(search, tmp_path, hear, Lock("mine")), heard
+
+
+def test_a_search_whose_output_another_took_over_stops(tmp_path):
+    from denoise_core.pipelines.tune import Messenger, _heard_by
+
+    board, _ = board_of(tmp_path)
+    with _heard_by(board):
+        Messenger().on_step_begin(0, [])
+        board.lock.lost_to = "thief"
+        with pytest.raises(RunFailed, match="run thief took over"):
+            Messenger().on_step_begin(1, [])
 
 
 def test_the_board_follows_the_events_of_a_search_and_outlives_it(tmp_path):
@@ -486,7 +501,7 @@ def test_a_gpu_that_tensorflow_does_not_see_is_told_once(tmp_path, capsys):
 
     search = SimpleNamespace(trials=({}, {"loss": "l1"}), config=SimpleNamespace(resume=False))
     missed = {"curve": [(0.5, 20.0)], "misses_gpu": True}
-    with _heard_by(Board(search, tmp_path, show)):
+    with _heard_by(Board(search, tmp_path, show, Lock("mine"))):
         Messenger().on_trial_result(0, [], Tuned(0), {**missed, "misses_gpu": False})
         assert NO_GPU not in capsys.readouterr().out
         for number in (0, 1, 0):

@@ -31,7 +31,7 @@ from denoise_core.evaluation.protocol import (
 )
 from denoise_core.evaluation.publish import Collected, publish
 from denoise_core.evaluation.sources import Shot, find_shots
-from denoise_core.lock import new_run_id, output_lock
+from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.noise import parse_noise
 from denoise_core.pipelines.measuring import Facts, Plan, RunFilters, RunModels
 from denoise_core.storage import StorageOptions, absolute, join, storage_for
@@ -85,7 +85,7 @@ def run_evaluation(
     plan = make_plan(config, watcher)
     storage = storage_for(config.output, plan.options)
     shots = find_shots(config, plan.options)
-    with output_lock(storage, config.output, run_id=plan.run_id):
+    with output_lock(storage, config.output, run_id=plan.run_id) as lock:
         if storage.stat(join(config.output, "summary.json")) is not None:
             watcher.note(f"The earlier evaluation in {config.output} will be replaced.")
         _sweep(plan)
@@ -94,14 +94,17 @@ def run_evaluation(
         started = time.monotonic()
         try:
             try:
-                collected = collect(plan, shots, watcher)
+                collected = collect(plan, shots, watcher, lock)
             except BaseException as error:
                 _end_work(error)
                 raise
             collected.seconds = time.monotonic() - started
+            lock.check()
             return _publish(plan, shots, collected, watcher)
         finally:
-            _sweep(plan)
+            # Another run that took over has its own examples there.
+            if lock.lost_to is None:
+                _sweep(plan)
 
 
 def resolve(config: EvaluateConfig) -> EvaluateConfig:
@@ -158,12 +161,13 @@ def _sweep(plan: Plan) -> None:
 # --- The driver -------------------------------------------------------------------------------
 
 
-def collect(plan: Plan, shots: list[Shot], watcher: Watcher) -> Collected:
+def collect(plan: Plan, shots: list[Shot], watcher: Watcher, lock: Lock) -> Collected:
     """Run the pipeline; return its rows, histograms and codes. Raises RunFailed."""
     collected = Collected()
     done, told = 0, False
     try:
         for table in _results(plan, shots, watcher):
+            lock.check()
             for text in table["result"].to_pylist():
                 done += collected.add(json.loads(text))
             collected.close()

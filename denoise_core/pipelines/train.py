@@ -35,7 +35,7 @@ from denoise_core.checkpoints import load_checkpoint, save_checkpoint
 from denoise_core.config import TrainConfig, as_dict
 from denoise_core.devices import NO_GPU, choose_precision, configure_tensorflow, has_gpu
 from denoise_core.errors import DenoiseError, RunFailed, StorageError, UsageError
-from denoise_core.lock import new_run_id, output_lock
+from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.models import architecture, input_size
 from denoise_core.pipelines.cluster import beside_driver, end_training, keep_actors_here
 from denoise_core.pipelines.crops import STREAM_CPUS, RayStream
@@ -68,7 +68,8 @@ def run_training(plan: Plan, *, show: Show) -> str:
     A report with `tick` tells of progress between validations, one with `note` is a sentence. Ray
     must be initialised. Raises UsageError for images that do not fit and for more workers than this
     machine holds, OutputLocked where another run holds the output, CheckpointError for a checkpoint
-    that does not fit the preset, RunFailed where training ended early or left no model.
+    that does not fit the preset, RunFailed where training ended early, left no model or lost the
+    output to another run.
     """
     grows, there = bool(os.environ.get("RAY_ADDRESS")), ray.cluster_resources()
     plan = replace(plan, config=with_gpus(plan.config, there))
@@ -76,11 +77,11 @@ def run_training(plan: Plan, *, show: Show) -> str:
     for note in (*notes, split_note(plan)):
         show({"note": note})
     files = RunFiles(plan.config)
-    with output_lock(files.storage, files.root, run_id=new_run_id()):
+    with output_lock(files.storage, files.root, run_id=new_run_id()) as lock:
         try:
             keep_actors_here()
             mail = Queue(actor_options=beside_driver())
-            _fit(_ray_trainer(plan, mail), mail=mail, show=show)
+            _fit(_ray_trainer(plan, mail), mail=mail, show=show, lock=lock)
         except ray.exceptions.RayError as error:
             raise RunFailed(
                 f"Ray ended before the training did ({type(error).__name__}). Go on with --resume."
@@ -214,7 +215,7 @@ def _ray_storage(config: TrainConfig) -> tuple[str, Any]:
     return path.removeprefix("s3://"), arrow_s3(config.s3_endpoint)
 
 
-def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
+def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show, lock: Lock) -> None:
     """Run `trainer` in a thread and hand its mail to `show`; raises what ended it early.
 
     In a thread, so that the driver can print, and so that Ray leaves Ctrl-C to the driver.
@@ -232,6 +233,7 @@ def _fit(trainer: TensorflowTrainer, *, mail: Queue, show: Show) -> None:
     told: list[DenoiseError] = []
     try:
         while thread.is_alive():
+            lock.check()
             _read(mail, told=told, show=show, wait_s=0.5)
     except ray.exceptions.RayError:
         # Where Ray itself is lost, nobody answers any more.

@@ -33,7 +33,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from denoise_core.config import TuneConfig, as_dict
 from denoise_core.devices import choose_precision, configure_tensorflow, has_gpu
 from denoise_core.errors import DenoiseError, RunFailed, UsageError
-from denoise_core.lock import new_run_id, output_lock
+from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.models import architecture
 from denoise_core.noise import parse_noise
 from denoise_core.presets import Preset
@@ -155,18 +155,19 @@ def run_search(search: Search, *, show: Show) -> list[Trial]:
     `show(event, trial, trials)` hears of every validation ('validated') and of every end ('ended'),
     and once of a trial whose GPU TensorFlow does not see ('misses_gpu').
     Ray must be initialised. Raises OutputLocked where another search holds the output, RunFailed
-    where no trial came to its end.
+    where no trial came to its end or another search took the output over.
     """
     output = Path(search.shared.config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with output_lock(LocalStorage(), str(output), run_id=new_run_id()):
+    with output_lock(LocalStorage(), str(output), run_id=new_run_id()) as lock:
         _write(output / SEARCH, (json.dumps(_identity(search), indent=1) + "\n").encode())
-        board = Board(search, output, show)
+        board = Board(search, output, show, lock)
         if board.left:
             with _heard_by(board):
                 _fit(search, board, output)
         if board.left:
             raise RunFailed("The search was interrupted. Its trials are safe: go on with --resume.")
+        lock.check()
         _publish(search, board.trials, output)
     return board.trials
 
@@ -174,8 +175,8 @@ def run_search(search: Search, *, show: Show) -> list[Trial]:
 class Board:
     """The rows of all trials, kept in the output, and who is told when they change."""
 
-    def __init__(self, search: Search, output: Path, show: Show) -> None:
-        self.output, self.show, self.misses_gpu = output, show, False
+    def __init__(self, search: Search, output: Path, show: Show, lock: Lock) -> None:
+        self.output, self.show, self.lock, self.misses_gpu = output, show, lock, False
         self.trials = [Trial(number, settings) for number, settings in enumerate(search.trials)]
         if search.config.resume and (output / ROWS).exists():
             rows = [trial_from(row) for row in json.loads((output / ROWS).read_text())]
@@ -388,6 +389,11 @@ class Messenger(tune.Callback):
     """
 
     board: ClassVar[Board | None] = None
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raise RunFailed where another search took the output over."""
+        if self.board is not None:
+            self.board.lock.check()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
