@@ -19,7 +19,7 @@ from denoise_core.errors import DenoiseError, ObjectNotFound, OutputConflict, Us
 from denoise_core.images import output_name
 from denoise_core.images.zarr import ROOT_FILES
 from denoise_core.results import Done
-from denoise_core.storage import Entry, Found, Storage, is_bundle, join
+from denoise_core.storage import Entry, Found, Storage, is_bundle, is_hidden, join
 
 SHARD_ROWS = 10_000
 OWN_NAMES = ("images", "reports", ".denoise", "report.html", "run.json", "_SUCCESS")
@@ -82,7 +82,7 @@ class Planner:
     config: DenoiseConfig
     config_hash: str
     done: Done
-    present: set[int] | None
+    present: Present | None
     counts: Counts = field(default_factory=Counts)
     _outputs: set[int] = field(default_factory=set)
     _seen: set[int] = field(default_factory=set)
@@ -159,7 +159,7 @@ class Planner:
         return True
 
     def _is_missing(self, path: str) -> bool:
-        return self.present is not None and _key(path) not in self.present
+        return self.present is not None and path not in self.present
 
 
 def image_id(uri: str) -> str:
@@ -191,12 +191,35 @@ def _resolved(folder: str) -> str:
     return folder if folder.startswith("s3://") else os.path.realpath(folder).rstrip("/")
 
 
-def outputs_present(storage: Storage, out: str) -> set[int]:
-    """Return the keys of the images that lie under OUT/images, of Zarrs only whole ones."""
+@dataclass(frozen=True, slots=True)
+class Present:
+    """The images that lie under OUT/images, of Zarrs only whole ones."""
+
+    storage: Storage
+    out: str
+    keys: set[int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, path: str) -> bool:
+        key = _key(path)
+        # One that was named itself may be hidden, and is in no listing.
+        return key in self.keys or (
+            is_hidden(path) and key in _keys(self.storage, join(self.out, "images", path))
+        )
+
+
+def outputs_present(storage: Storage, out: str) -> Present:
+    """List what lies under OUT/images."""
+    return Present(storage, out, _keys(storage, join(out, "images")))
+
+
+def _keys(storage: Storage, root: str) -> set[int]:
     try:
         return {
             _key(entry.path)
-            for entry in storage.list(join(out, "images"))
+            for entry in storage.list(root)
             # A run killed at publishing on S3 leaves a Zarr without its root's metadata.
             if not is_bundle(entry.path) or not entry.about.isdisjoint(ROOT_FILES)
         }

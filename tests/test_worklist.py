@@ -17,16 +17,22 @@ from denoise_core.denoiser import Geometry
 from denoise_core.images import data_range, read_header, valid
 from denoise_core.pipelines.stages import float_range
 from denoise_core.results import Done
-from denoise_core.storage import expand
-from denoise_core.worklist import Own, Planner, Refusal, WorkItem, image_id
+from denoise_core.storage import LocalStorage, expand
+from denoise_core.worklist import Own, Planner, Refusal, WorkItem, image_id, outputs_present
 
 
 def plan(
-    inputs: list[Path], out: Path, done: Done | None = None, **settings: Any
+    inputs: list[Path],
+    out: Path,
+    done: Done | None = None,
+    *,
+    present: bool = False,
+    **settings: Any,
 ) -> tuple[Planner, list[Any]]:
     names = tuple(map(str, inputs))
     config = DenoiseConfig(inputs=names, output=str(out), **settings)
-    planner = Planner(config, "hash", done or Done(), None)
+    there = outputs_present(LocalStorage(), str(out)) if present else None
+    planner = Planner(config, "hash", done or Done(), there)
     return planner, list(planner.plan(expand(names)))
 
 
@@ -84,6 +90,16 @@ def test_retry_of_a_conflict_does_not_take_the_others_output(tmp_path: Path) -> 
     done.images.update(loser.images)
     _, items = plan([tmp_path / "two", tmp_path / "one"], tmp_path / "out", done, retry_failed=True)
     assert [type(item) for item in items] == [Refusal]
+
+
+@pytest.mark.parametrize("format", ["preserve", "tiff"])
+def test_hidden_file_that_was_named_is_not_done_again(tmp_path: Path, format: str) -> None:
+    source, name = touch(tmp_path / "in/.a.png"), ".a.png" + ".tiff" * (format == "tiff")
+    done = finished(source, tmp_path / "out", name=name)
+    settings: dict[str, Any] = {"done": done, "present": True, "format": format}
+    assert len(plan([source], tmp_path / "out", **settings)[1]) == 1
+    touch(tmp_path / "out/images" / name)
+    assert plan([source], tmp_path / "out", **settings)[1] == []
 
 
 def test_output_is_known_by_whatever_link(tmp_path: Path) -> None:

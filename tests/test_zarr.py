@@ -248,7 +248,7 @@ def test_publish_replaces_a_folder_whole(
             content()
         # One that was killed: no reader takes it for whole, and a rerun does it again.
         storage.write(join(uri, "0/0.0"), b"new")
-        assert outputs_present(storage, root) == set()
+        assert len(outputs_present(storage, root)) == 0
     with pytest.raises(UsageError, match="relative path"):
         storage.publish(uri, iter([("../x", b"")]), last=METADATA_FILES)
 

@@ -31,6 +31,7 @@ from denoise_core.storage.base import (
     StorageOptions,
     bundle_above,
     is_bundle,
+    is_hidden,
     path_problem,
     printable,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "cache_folder",
     "expand",
     "is_bundle",
+    "is_hidden",
     "join",
     "printable",
     "storage_for",
