@@ -174,7 +174,10 @@ def test_paths_that_cannot_work_are_refused_and_leave_nothing(
     assert "multiple of 2" in sentence(tmp_path / "in", *out, *model, "--patch", "33")
     inside = ("--output", tmp_path / "in")
     assert "among the outputs" in sentence(tmp_path / "in/images", *inside, *model)
-    assert "holds files of no earlier run" in sentence(tmp_path / "in", *inside, *model)
+    for folder in ("images", "reports"):
+        (tmp_path / "in/images").replace(tmp_path / "in" / folder)
+        words = f"its folder '{folder}' holds files of no earlier run"
+        assert words in sentence(tmp_path / "in", *inside, *model)
     assert not list((tmp_path / "out").rglob("*.png"))
 
 

@@ -26,10 +26,12 @@ from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry, working_bytes
 from denoise_core.devices import NO_GPU, device_memory
 from denoise_core.errors import ObjectNotFound, RunFailed, StorageError, UsageError
+from denoise_core.images.codecs import SUFFIXES
 from denoise_core.lock import Lock, new_run_id, output_lock
 from denoise_core.pipelines.job import SAFE, Facts, Job, Model, merge_reference, now
 from denoise_core.report import build_report
 from denoise_core.storage import (
+    BUNDLE_SUFFIX,
     Entry,
     Selection,
     Storage,
@@ -269,14 +271,28 @@ def _refuse_no_reference(config: DenoiseConfig, options: StorageOptions) -> None
 
 
 def _refuse_foreign(storage: Storage, out: str) -> None:
-    """Refuse an OUT whose `images` came from elsewhere: a run would hide or overwrite them."""
+    """Refuse an OUT whose images came from elsewhere: a run would hide or overwrite them."""
     if not out.startswith("s3://") and storage.stat(out) is not None:
         raise UsageError(f"--output {out}: is a file; name a folder.")
-    if storage.stat(join(out, "run.json")) is None and worklist.outputs_present(storage, out):
-        raise UsageError(
-            f"--output {out}: its folder 'images' holds files of no earlier run; name another "
-            "--output, or move them away."
-        )
+    if storage.stat(join(out, "run.json")) is not None:
+        return
+    for folder, foreign in (
+        ("images", len(worklist.outputs_present(storage, out)) > 0),
+        ("reports", _holds_images(storage, join(out, "reports"))),
+    ):
+        if foreign:
+            raise UsageError(
+                f"--output {out}: its folder '{folder}' holds files of no earlier run; name "
+                "another --output, or move them away."
+            )
+
+
+def _holds_images(storage: Storage, root: str) -> bool:
+    suffixes = (*(each for group in SUFFIXES.values() for each in group), BUNDLE_SUFFIX)
+    try:
+        return any(entry.path.lower().endswith(suffixes) for entry in storage.list(root))
+    except ObjectNotFound:
+        return False
 
 
 def _listing(job: Job) -> Iterator[Any]:

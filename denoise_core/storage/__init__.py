@@ -23,6 +23,7 @@ from dataclasses import replace
 
 from denoise_core.errors import ObjectNotFound, UsageError
 from denoise_core.storage.base import (
+    BUNDLE_SUFFIX,
     MAGIC,
     Entry,
     Found,
@@ -39,6 +40,7 @@ from denoise_core.storage.local import LocalStorage, cache_folder, to_path
 from denoise_core.storage.s3 import S3Storage
 
 __all__ = [
+    "BUNDLE_SUFFIX",
     "Entry",
     "Found",
     "LocalStorage",
