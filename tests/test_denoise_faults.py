@@ -377,6 +377,40 @@ def test_an_interrupted_assembly_is_ended_too(
     assert not (tmp_path / "out/images/slow-big.tif").exists()
 
 
+def test_regions_made_twice_are_assembled_once(
+    ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second assembly may find the regions deleted, and its failure deletes the image."""
+    from denoise_core.pipelines.flow import Flow
+
+    assembled = []
+    assemble, really = Flow.assemble, Flow.__iter__
+
+    def noted(flow: Flow, facts: Any) -> None:
+        assembled.append(facts["path"])
+        assemble(flow, facts)
+
+    def again(flow: Flow) -> Any:
+        regions: list[Any] = []
+        for facts in really(flow):
+            yield facts
+            if facts is not None and facts["in_regions"]:
+                regions.append(facts)
+                if len(regions) == facts["regions"]:
+                    yield from regions
+                    yield {**facts, "error_type": "CorruptImage", "error_message": "late"}
+
+    monkeypatch.setattr(Flow, "assemble", noted)
+    monkeypatch.setattr(Flow, "__iter__", again)
+    (tmp_path / "in").mkdir()
+    big = as_dtype(picture(600, 900, 3, seed=2), "uint8")
+    tifffile.imwrite(tmp_path / "in/big.tif", big, tile=(128, 128), photometric="rgb")
+    outcome = denoise(tmp_path / "in", tmp_path / "out", stand_in, region=512)
+    assert assembled == ["big.tif"]
+    assert (outcome.totals.ok, outcome.totals.failed) == (1, 0)
+    assert (tmp_path / "out/images/big.tif").exists()
+
+
 def test_command_line_from_start_to_exit_code(checkpoint: str, tmp_path: Path) -> None:
     """A whole process: JSON lines, exit 3, then 0 within the budget, without starting Ray."""
     source, out = tmp_path / "in", tmp_path / "out"

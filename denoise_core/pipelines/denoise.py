@@ -504,6 +504,9 @@ class _Run:
         if facts["image_id"] in self.taken:
             # Machines that are lost leave some rows to be made twice; the first counts.
             return None
+        if facts["image_id"] in self.assembling and "region_count" not in facts:
+            # Such rows again: only what the assembly returns counts now.
+            return None
         if facts.get("in_regions") and "error_type" not in facts:
             regions = self.partial.setdefault(facts["image_id"], {})
             regions[facts["region"]] = facts
