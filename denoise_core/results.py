@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from denoise_core.errors import ObjectNotFound, RunFailed
-from denoise_core.storage import Storage, join
+from denoise_core.storage import Storage, is_bundle, join, path_problem
 
 SCHEMA_VERSION = 1
 
@@ -195,11 +195,15 @@ def _run_number(uri: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """Which rows count: for each shard the places of the rows that are the last of their image."""
+    """Which rows count: for each shard the places of the rows that are the last of their image.
+
+    `rows` is the number of these, `earlier` that of the others.
+    """
 
     shards: list[str]
     keep: list[np.ndarray]
     rows: int
+    earlier: int
     has_journal: bool
 
 
@@ -213,7 +217,7 @@ def latest_rows(storage: Storage, out: str) -> Latest:
     journal = sorted(_list(storage, journal_root(out)), key=_run_number)
     shards = parts + journal
     if not shards:
-        return Latest([], [], 0, False)
+        return Latest([], [], 0, 0, False)
     image, moment, starts = _keys(storage, shards)
     ages = [0] * len(parts) + [1 + _run_number(uri) for uri in journal]
     age = np.repeat(np.array(ages, np.int32), np.diff(starts))
@@ -223,7 +227,7 @@ def latest_rows(storage: Storage, out: str) -> Latest:
     chosen = np.sort(np.append(order[:-1][image[1:] != image[:-1]], order[-1:]))
     places = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
     keep = [each - start for each, start in zip(places, starts[:-1], strict=True)]
-    return Latest(shards, keep, len(chosen), bool(journal))
+    return Latest(shards, keep, len(chosen), len(image) - len(chosen), bool(journal))
 
 
 def _keys(storage: Storage, shards: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -255,7 +259,8 @@ def publish(storage: Storage, out: str, *, run_id: str) -> int:
     """Merge the journal into `reports/images/part-*.parquet`; return the number of images.
 
     New parts are written before old ones go, and the journal goes last, its first runs first: after
-    a crash in between, the next run finds the journal and merges again.
+    a crash in between, the next run finds the journal and merges again. In between go the outputs
+    that earlier rows name and none that counts: of images that fail now or have another output.
     """
     latest = latest_rows(storage, out)
     if not latest.has_journal:
@@ -276,10 +281,55 @@ def publish(storage: Storage, out: str, *, run_id: str) -> int:
         waiting.append(table)
         write(PART_ROWS)
     write(1)
+    for uri in _orphans(storage, out, latest):
+        if is_bundle(uri):
+            storage.clear(_images(out), uri.removeprefix(f"{_images(out)}/"))
+        else:
+            storage.delete(uri)
     for uri in latest.shards:
         if uri not in made:
             storage.delete(uri)
     return latest.rows
+
+
+def _images(out: str) -> str:
+    return join(out, "images")
+
+
+def _orphans(storage: Storage, out: str, latest: Latest) -> Iterator[str]:
+    """Yield the outputs that are named by rows that count no more, and by none that does.
+
+    None at all where one that counts is elsewhere: OUT was moved, or goes by two paths, and which
+    file a row means cannot be told.
+    """
+    root = f"{_images(out)}/"
+    counting, earlier = [], []
+    for uri, keep in zip(latest.shards, latest.keep, strict=True) if latest.earlier else ():
+        named, others = _outputs(storage, uri, keep)
+        if not all(name.startswith(root) for name in named):
+            return
+        counting.append(_hashes(named))
+        earlier.append(_hashes(others))
+    known = np.concatenate(counting or [_hashes([])])
+    for uri, keep, hashes in zip(latest.shards, latest.keep, earlier, strict=False):
+        lost = set(np.setdiff1d(hashes, known).tolist())
+        for name in _outputs(storage, uri, keep)[1] if lost else ():
+            below = name.startswith(root) and path_problem(name.removeprefix(root)) is None
+            if below and hash(name) in lost:
+                yield name
+
+
+def _outputs(storage: Storage, uri: str, keep: np.ndarray) -> tuple[list[str], list[str]]:
+    """Return the outputs that the rows of a shard name: those at `keep`, and the others."""
+    names = _read(storage, uri, ["output_uri"])["output_uri"].to_pylist()
+    kept = np.zeros(len(names), bool)
+    kept[keep] = True
+    named = [(name, each) for name, each in zip(names, kept, strict=True) if name is not None]
+    return [name for name, each in named if each], [name for name, each in named if not each]
+
+
+def _hashes(names: list[str]) -> np.ndarray:
+    return np.fromiter(map(hash, names), np.int64, len(names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from helpers import files_below
 
 from denoise_core import results
 from denoise_core.results import Journal, Row, iter_rows, journal_root, new_row, publish
@@ -161,6 +164,55 @@ def test_the_latest_row_of_one_run_counts(tmp_path: Path) -> None:
     assert [each["attempts"] for each in stored(tmp_path)] == [2] * 30
     assert publish(LOCAL, str(tmp_path), run_id="run") == 30
     assert [each["attempts"] for each in stored(tmp_path)] == [2] * 30
+
+
+FIRST = {1: "a.png", 2: "b.png", 3: "c.png", 4: "d.zarr", 5: "e.png"}
+# The first and the fourth fail now, the last one takes the fifth's place.
+SECOND = {1: None, 2: "b.png.tiff", 3: "c.png", 4: None, 5: "sub/e.png", 6: "e.png"}
+
+
+def write_outputs(out: str, run: str, outputs: dict[int, str | None]) -> None:
+    journal = Journal(LOCAL, out, run_id=run)
+    for number, name in outputs.items():
+        uri = name and f"{out}/images/{name}"
+        if uri:
+            LOCAL.write(f"{uri}/.zarray" if uri.endswith(".zarr") else uri, b"x")
+        journal.append(row(number, output_uri=uri))
+    journal.flush()
+
+
+def test_output_that_no_row_names_any_more_is_deleted_wherever_a_run_is_killed(
+    tmp_path: Path,
+) -> None:
+    """Seen: an image that changed and failed left its earlier output among the good ones."""
+    for most in range(100):
+        out = tmp_path / str(most)
+        write_outputs(str(out), "first", dict(FIRST))
+        publish(LOCAL, str(out), run_id="first")
+        (tmp_path / "b.png").touch()
+        write_outputs(str(out), "second", {**SECOND, 7: "../../b.png"})
+        write_outputs(str(out), "third", {7: None})
+        killed = True
+        with suppress(Killed):
+            publish(mortal(most), str(out), run_id="third")
+            killed = False
+        named = [each["output_uri"] for each in stored(out) if each["output_uri"]]
+        assert all(map(os.path.exists, named))
+        publish(LOCAL, str(out), run_id="fourth")
+        left = files_below(out / "images")
+        assert left == sorted(name for name in SECOND.values() if name)
+        assert (tmp_path / "b.png").exists()
+        if not killed:
+            return
+    pytest.fail("publishing never ended")
+
+
+def test_no_output_is_deleted_where_out_has_two_names(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    write_outputs(str(tmp_path / "out"), "first", dict(FIRST))
+    write_outputs(str(tmp_path / "link"), "second", dict(FIRST))
+    publish(LOCAL, str(tmp_path / "out"), run_id="third")
+    assert len(files_below(tmp_path / "out/images")) == len(FIRST)
 
 
 @pytest.mark.usefixtures("small")

@@ -54,6 +54,7 @@ __all__ = [
     "is_bundle",
     "is_hidden",
     "join",
+    "path_problem",
     "printable",
     "storage_for",
     "to_path",
