@@ -1,6 +1,7 @@
 """The work list: inputs minus finished work, as Parquet shards. Never decodes pixels.
 
-Planning streams: of each input only hashes of its name and of its output's stay in memory.
+Planning streams: of each input only hashes of its name and of its output's stay in memory, and all
+only of those few whose output may still be another's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,8 @@ from denoise_core.results import Done
 from denoise_core.storage import Entry, Found, Storage, is_bundle, is_hidden, join
 
 SHARD_ROWS = 10_000
+# Images that wait for the end of the listing; more are refused at once, for --retry-failed.
+MOST_CONTESTED = 100_000
 OWN_NAMES = ("images", "reports", ".denoise", "report.html", "run.json", "_SUCCESS")
 
 WORK_SCHEMA = pa.schema(
@@ -86,9 +90,24 @@ class Planner:
     counts: Counts = field(default_factory=Counts)
     _outputs: set[int] = field(default_factory=set)
     _seen: set[int] = field(default_factory=set)
+    _moved: set[int] = field(default_factory=set)
+    _contested: list[tuple[Refusal, int, str]] = field(default_factory=list)
 
     def plan(self, found: Iterable[Found]) -> Iterator[Planned]:
-        """Yield what is to be done, in the order of listing."""
+        """Yield what is to be done, in the order of listing.
+
+        An image whose output is another's by an earlier row comes last: only once all is listed can
+        it be told whether that one has moved.
+        """
+        for planned in chain(self._listed(found), self._settled()):
+            if isinstance(planned, Refusal):
+                self.counts.refused += 1
+            else:
+                self.counts.to_do += 1
+                self.counts.bytes_to_do += planned.source_bytes
+            yield planned
+
+    def _listed(self, found: Iterable[Found]) -> Iterator[Planned]:
         own = Own(self.config.output)
         for item in found:
             if isinstance(item, Entry) and own.holds(item.uri):
@@ -102,13 +121,17 @@ class Planner:
             self._seen.add(_key(identity))
             self.counts.listed += 1
             planned = self._plan_one(item, identity)
-            if isinstance(planned, Refusal):
-                self.counts.refused += 1
-            elif planned is not None:
-                self.counts.to_do += 1
-                self.counts.bytes_to_do += planned.source_bytes
             if planned is not None:
                 yield planned
+
+    def _settled(self) -> Iterator[Planned]:
+        """Yield the contested images: to be done where the owner's row will name another output."""
+        for refusal, key, owner in self._contested:
+            if _key(owner) in self._moved and key not in self._outputs:
+                self._outputs.add(key)
+                yield refusal.item
+            else:
+                yield refusal
 
     def _plan_one(self, found: Found, identity: str) -> Planned | None:
         if not isinstance(found, Entry):
@@ -123,24 +146,25 @@ class Planner:
             item = WorkItem(identity, found.uri, found.path, "", found.size, found.fingerprint)
             return Refusal(item, error)
         item = WorkItem(identity, found.uri, found.path, output, found.size, found.fingerprint)
-        conflict = self._is_taken(identity, name, output)
+        key, owner = _key(name), self.done.owner(output)
+        free, own = key not in self._outputs, owner in (None, identity)
+        if free and own:
+            self._outputs.add(key)
         if self._is_finished(identity, found.fingerprint, path=name):
             return None
-        if conflict:
-            text = (
-                f"{found.uri}: another input also maps to {output}; name the inputs by their "
-                "common parent folder, or run them to two outputs."
-            )
-            return Refusal(item, OutputConflict(text))
-        return item
-
-    def _is_taken(self, identity: str, name: str, output: str) -> bool:
-        """Whether another input, of this run or an earlier one, has this output."""
-        key = _key(name)
-        if key in self._outputs or self.done.owner(output) not in (None, identity):
-            return True
-        self._outputs.add(key)
-        return False
+        if owner != identity and identity in self.done.images:
+            self._moved.add(_key(identity))
+        if free and own:
+            return item
+        text = (
+            f"{found.uri}: another input also maps to {output}; name the inputs by their "
+            "common parent folder, or run them to two outputs."
+        )
+        refusal = Refusal(item, OutputConflict(text))
+        if free and owner is not None and len(self._contested) < MOST_CONTESTED:
+            self._contested.append((refusal, key, owner))
+            return None
+        return refusal
 
     def _is_finished(self, identity: str, fingerprint: str, *, path: str | None) -> bool:
         before = self.done.images.get(identity)

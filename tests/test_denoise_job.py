@@ -657,6 +657,30 @@ def test_changed_model_or_settings_redo_and_existing_rules(
     assert row["model_id"] == "tiny-1"
 
 
+def test_what_lies_under_images_is_what_the_rows_name(
+    ray_session: None, stand_in: str, tmp_path: Path
+) -> None:
+    """A sub-folder first, then its parent; one image fails; others get another name."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    for seed, name in enumerate(("a", "sub/a", "sub/b")):
+        pixels = as_dtype(picture(40, 50, 1, seed=seed), "uint8")
+        (source / f"{name}.png").write_bytes(png_bytes(pixels))
+
+    def run(*inputs: Path, **settings: Any) -> list[str]:
+        denoise(inputs, out, stand_in, max_error_rate=1.0, **settings)
+        named = [row["output_uri"] for row in rows_of(out) if row["output_uri"]]
+        there = files_below(out / "images")
+        assert sorted(named) == [str(out / "images" / name) for name in there]
+        return there
+
+    assert run(source / "sub") == ["a.png", "b.png"]
+    assert run(source) == ["a.png", "sub/a.png", "sub/b.png"]
+    (source / "sub/a.png").write_bytes(b"no picture any more")
+    assert run(source) == ["a.png", "sub/b.png"]
+    assert run(source, format="tiff") == ["a.png.tiff", "sub/b.png.tiff"]
+
+
 def test_a_run_that_lost_an_image_or_its_row_is_no_success(
     ray_session: None, stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

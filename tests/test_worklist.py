@@ -71,6 +71,25 @@ def test_output_of_an_earlier_run_is_not_given_to_another_input(tmp_path: Path) 
             assert [Path(r.item.source_uri).parent.name for r in refused] == ["two"]
 
 
+def test_output_whose_owner_has_moved_is_free(tmp_path: Path) -> None:
+    """A folder, then its parent, in whatever order. Seen: a conflict with nobody."""
+    top, below, out = touch(tmp_path / "in/a.png"), touch(tmp_path / "in/s/a.png"), tmp_path / "out"
+    touch(out / "images/a.png")
+    done = finished(below, out)
+    for inputs in ([top.parent], [top, top.parent]):
+        planner, items = plan(inputs, out, done, present=True)
+        assert {(item.source_uri, item.output_uri) for item in items} == {
+            (str(top), f"{out}/images/a.png"),
+            (str(below), f"{out}/images/s/a.png"),
+        }
+        assert (planner.counts.to_do, planner.counts.refused) == (2, 0)
+    # Left where it is, it keeps its output.
+    done.images[image_id(str(top))] = ("", "", True)
+    for settings in ({"retry_failed": True}, {"limit": 1}):
+        _, items = plan([top, top.parent], out, done, present=True, **settings)
+        assert [type(item) for item in items] == [Refusal]
+
+
 def test_retry_counts_what_it_leaves_out(tmp_path: Path) -> None:
     done = finished(touch(tmp_path / "in/same.png"), tmp_path / "out")
     for name in ("failed", "changed"):
