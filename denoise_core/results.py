@@ -315,7 +315,7 @@ def _orphans(storage: Storage, out: str, latest: Latest) -> Iterator[str]:
         lost = set(np.setdiff1d(hashes, known).tolist())
         for name in _outputs(storage, uri, keep)[1] if lost else ():
             below = name.startswith(root) and path_problem(name.removeprefix(root)) is None
-            if below and hash(name) in lost:
+            if below and hash(name.casefold()) in lost:
                 yield name
 
 
@@ -329,7 +329,8 @@ def _outputs(storage: Storage, uri: str, keep: np.ndarray) -> tuple[list[str], l
 
 
 def _hashes(names: list[str]) -> np.ndarray:
-    return np.fromiter(map(hash, names), np.int64, len(names))
+    """Of names in any case: to some file systems they are one file."""
+    return np.fromiter((hash(name.casefold()) for name in names), np.int64, len(names))
 
 
 @dataclass(frozen=True, slots=True)
