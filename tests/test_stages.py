@@ -34,6 +34,8 @@ from denoise_core.pipelines.stages import (
     Read,
     Write,
     measures,
+    publish_image,
+    regions_of,
     to_items,
     to_table,
 )
@@ -80,8 +82,10 @@ def test_regions_hold_so_many_samples(kind, side, channels, windowed, expected) 
     assert expand._region_size(header) == expected
 
 
-def job_of(out: Path, *, run_id: str = "run", models: tuple[Model, ...] = ()) -> Job:
-    config = DenoiseConfig(inputs=("x",), output=str(out), region=256)
+def job_of(
+    out: Path, *, run_id: str = "run", models: tuple[Model, ...] = (), **settings: Any
+) -> Job:
+    config = DenoiseConfig(inputs=("x",), output=str(out), region=256, **settings)
     geometry = Geometry(patch=64, halo=16, stride=2)
     return Job(config, run_id, StorageOptions(), geometry, models, "hash")
 
@@ -111,6 +115,32 @@ def test_only_regions_of_earlier_runs_are_taken_as_they_are(tmp_path: Path) -> N
     assert resumed.facts["staged"]
     assert resumed.pixels is None
     assert resumed.facts["sigma_out"] == first.facts["sigma_out"]
+
+
+def stage_tiff(folder: Path, **settings: Any) -> tuple[Job, Facts]:
+    """A tiled TIFF whose regions an actor has left as they are; the job, the facts of the image."""
+    pixels = as_dtype(picture(300, 500, 3), "uint8")
+    tifffile.imwrite(folder / "a.tif", pixels, tile=(128, 128), photometric="rgb")
+    job = job_of(folder / "out", **settings)
+    facts = {
+        "image_id": "id", "source_fingerprint": "print", "source_uri": str(folder / "a.tif"),
+        "path": "a.tif", "output_uri": str(folder / "out/images/a.tif"), "size": [300, 500],
+        "region_size": 256, "regions": 4,
+    }  # fmt: skip
+    for index, region in enumerate(regions_of(job, {**facts, "in_regions": True})):
+        y0, y1, x0, x1 = region.core
+        path = Path(job.staging(facts, f"{index:06d}.npy"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, pixels[y0:y1, x0:x1])
+    return job, facts
+
+
+def test_a_level_for_pngs_leaves_a_large_tiff_as_it_would_be_without(tmp_path: Path) -> None:
+    made = []
+    for compression in (None, "6"):
+        publish_image(*stage_tiff(tmp_path, compression=compression))
+        made.append((tmp_path / "out/images/a.tif").read_bytes())
+    assert made[0] == made[1]
 
 
 def test_an_actor_refuses_other_weights_than_the_runs(checkpoint: str, tmp_path: Path) -> None:

@@ -315,12 +315,11 @@ def _encode_samples(
 def _call_encoder(
     samples: Array, metadata: ImageMetadata, target: str, compression: str | None
 ) -> tuple[bytes, list[str]]:
+    fitting = fitting_compression(compression, target)
     if target == "png":
-        level = compression if compression in PNG_LEVELS else None
-        return png.encode(samples, metadata, compression=level)
+        return png.encode(samples, metadata, compression=fitting)
     if target == "tiff":
-        scheme = compression if compression in tiff.COMPRESSIONS else None
-        return tiff.encode(samples, metadata, compression=scheme)
+        return tiff.encode(samples, metadata, compression=fitting)
     if target == "jpeg":
         return pillow.encode_jpeg(samples, metadata)
     if target == "webp":
@@ -328,6 +327,12 @@ def _call_encoder(
     if target == "bmp":
         return pillow.encode_bmp(samples, metadata)
     return npy.encode(samples, metadata)
+
+
+def fitting_compression(compression: str | None, target: str) -> str | None:
+    """`compression` where it is one of the format `target`, else None: that of the source."""
+    known = {"png": PNG_LEVELS, "tiff": tuple(tiff.COMPRESSIONS)}
+    return compression if compression in known.get(target, ()) else None
 
 
 def left_behind(metadata: ImageMetadata, target: str) -> list[str]:

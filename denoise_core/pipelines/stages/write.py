@@ -32,6 +32,7 @@ from denoise_core.images import (
     decode,
     encode,
     fetch,
+    fitting_compression,
     inverted,
     is_negative,
     left_behind,
@@ -324,7 +325,7 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
                 header=header,
                 metadata=metadata,
                 dtype=output_dtype(job, header.dtype).name,
-                compression=job.config.compression,
+                compression=fitting_compression(job.config.compression, "tiff"),
             )
             lost = tuple(dict.fromkeys((*lost, *left_behind(metadata, "tiff"))))
             with no_fault_of_an_image():
