@@ -1,6 +1,6 @@
 """The regions of one large image -> one tiled BigTIFF or the files of one Zarr, streamed.
 
-    regions = [staged_region(path, y0=0, x0=0), ...]       # one .npy file each
+    regions = [Region(0, 0, 2048, 2048, load), ...]        # `load` returns the pixels
     lost = assemble_tiff(regions, path=temporary, header=header, metadata=metadata)
     storage.publish(uri, zarr_files(regions, header=header, metadata=metadata))
 
@@ -42,26 +42,6 @@ class Region:
     height: int
     width: int
     load: Callable[[], Array]
-
-
-def staged_region(path: str | Path, *, y0: int, x0: int) -> Region:
-    """The region that was saved as a .npy file; only its header is read now.
-
-    Raises ImageError when the file is missing or cut short.
-    """
-    try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    except (OSError, ValueError, EOFError) as error:
-        raise ImageError(
-            f"the staged region at ({y0}, {x0}) cannot be read from {path} ({error}); expected a "
-            ".npy file: denoise that region again"
-        ) from error
-    # Read and not mapped: pages of a map count as resident memory until the file is closed.
-    return Region(y0, x0, shape[0], shape[1], lambda: _load_npy(path))
-
-
-def _load_npy(path: str | Path) -> Array:
-    return np.asarray(np.load(path, allow_pickle=False))
 
 
 def assemble_tiff(
@@ -267,6 +247,6 @@ def _loaded(region: Region, *, dtype: np.dtype[Any], samples: int) -> Array:
     if pixels.shape != expected or pixels.dtype != dtype:
         raise ImageError(
             f"the region at y={region.y0}, x={region.x0} holds {pixels.dtype} {pixels.shape}; "
-            f"expected {dtype} {expected}: denoise that region again"
+            f"expected {dtype} {expected}: --retry-failed denoises the image again"
         )
     return pixels

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 
-from denoise_core.assemble import Region, assemble_tiff, staged_region
+from denoise_core.assemble import Region, assemble_tiff
 from denoise_core.errors import ImageError
 from denoise_core.images import decode, read_header, read_metadata, read_window
 
@@ -27,13 +28,12 @@ def source_of(shape: tuple[int, ...], **options: object) -> bytes:
     return out.getvalue()
 
 
-def regions_of(samples: np.ndarray, folder: Path, *, size: tuple[int, int]) -> list[Region]:
+def regions_of(samples: np.ndarray, *, size: tuple[int, int]) -> list[Region]:
     regions = []
     for y in range(0, samples.shape[0], size[0]):
         for x in range(0, samples.shape[1], size[1]):
-            path = folder / f"{y}-{x}.npy"
-            np.save(path, samples[y : y + size[0], x : x + size[1]])
-            regions.append(staged_region(path, y0=y, x0=x))
+            part = samples[y : y + size[0], x : x + size[1]]
+            regions.append(Region(y, x, *part.shape[:2], partial(np.asarray, part)))
     return regions
 
 
@@ -44,7 +44,7 @@ def assemble(data: bytes, folder: Path, *, size: tuple[int, int], **options: obj
         samples = np.concatenate((samples, image.alpha[..., None]), -1)
     file = io.BytesIO(data)
     assemble_tiff(
-        reversed(regions_of(samples, folder, size=size)),
+        reversed(regions_of(samples, size=size)),
         path=folder / "out.tiff",
         header=read_header(file, name="x"),
         metadata=read_metadata(file, name="x"),
@@ -111,7 +111,7 @@ def test_damaged_exif_is_left_out_and_named(tmp_path: Path) -> None:
     data = source_of((HEIGHT, WIDTH), tile=(32, 32))
     file = io.BytesIO(data)
     lost = assemble_tiff(
-        regions_of(decode(data, name="x").pixels, tmp_path, size=(48, 48)),
+        regions_of(decode(data, name="x").pixels, size=(48, 48)),
         path=tmp_path / "out.tiff",
         header=read_header(file, name="x"),
         metadata=replace(read_metadata(file, name="x"), exif=b"no directory"),
@@ -143,7 +143,7 @@ def test_zarr_reads_a_window(tmp_path: Path) -> None:
 def test_a_missing_region_is_an_error(tmp_path: Path, missing: int) -> None:
     data = source_of((HEIGHT, WIDTH))
     image = decode(data, name="x")
-    regions = regions_of(image.pixels, tmp_path, size=(42, 40))
+    regions = regions_of(image.pixels, size=(42, 40))
     del regions[missing]
     with pytest.raises(ImageError, match="missing or overlap"):
         assemble_tiff(regions, path=tmp_path / "out", header=image.header, metadata=image.metadata)
@@ -156,13 +156,6 @@ def test_a_region_of_another_shape_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="expected uint16"):
         assemble_tiff([wrong], path=tmp_path / "o", header=image.header, metadata=image.metadata)
     assert not (tmp_path / "o").exists()
-
-
-def test_an_unreadable_staged_region(tmp_path: Path) -> None:
-    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY")
-    for name in ("a.npy", "b.npy"):
-        with pytest.raises(ImageError, match="denoise that region again"):
-            staged_region(tmp_path / name, y0=0, x0=0)
 
 
 MEMORY_PROBE = """

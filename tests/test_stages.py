@@ -20,7 +20,7 @@ from helpers import as_dtype, files_below, picture
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
 from denoise_core.denoiser import Geometry
-from denoise_core.errors import CheckpointError
+from denoise_core.errors import CheckpointError, ImageError
 from denoise_core.images import ImageHeader, ImageMetadata, decode
 from denoise_core.pipelines import cluster, evaluate
 from denoise_core.pipelines.cluster import MOST_ITEMS, _ReadAhead, set_data_context
@@ -141,6 +141,16 @@ def test_a_level_for_pngs_leaves_a_large_tiff_as_it_would_be_without(tmp_path: P
         publish_image(*stage_tiff(tmp_path, compression=compression))
         made.append((tmp_path / "out/images/a.tif").read_bytes())
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kept", [0, 8, 90, 5_000])
+def test_a_damaged_region_fails_its_image_alone(tmp_path: Path, kept: int) -> None:
+    job, facts = stage_tiff(tmp_path)
+    path = Path(job.staging(facts, "000001.npy"))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ImageError, match=r"region at y=0, x=256 .* --retry-failed"):
+        publish_image(job, facts)
+    assert not Path(facts["output_uri"]).exists()
 
 
 def test_an_actor_refuses_other_weights_than_the_runs(checkpoint: str, tmp_path: Path) -> None:

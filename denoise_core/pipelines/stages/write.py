@@ -303,14 +303,21 @@ def publish_image(job: Job, facts: Facts) -> tuple[str, ...]:
         header = read_header(file, name=facts["path"], max_pixels=1 << 62)
         metadata = read_metadata(file, name=facts["path"])
 
-    def load(uri: str) -> Array:
-        return np.load(io.BytesIO(output.read(uri)), allow_pickle=False)
+    def load(uri: str, y: int, x: int) -> Array:
+        try:
+            pixels: Array = np.load(io.BytesIO(output.read(uri)), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ImageError(
+                f"{facts['path']}: the staged region at y={y}, x={x} is damaged ({error}); "
+                "--retry-failed denoises the image again"
+            ) from error
+        return pixels
 
     pieces = []
     for index, region in enumerate(regions_of(job, {**facts, "in_regions": True})):
         y0, y1, x0, x1 = region.core
         uri = job.staging(facts, f"{index:06d}.npy")
-        pieces.append(Piece(y0, x0, y1 - y0, x1 - x0, partial(load, uri)))
+        pieces.append(Piece(y0, x0, y1 - y0, x1 - x0, partial(load, uri, y0, x0)))
     if (metadata.format, job.config.format) == ("zarr", "preserve"):
         lost = metadata.lost
         files = zarr_files(pieces, header=header, metadata=metadata)
