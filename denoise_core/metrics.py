@@ -94,7 +94,7 @@ class ErrorSums:
     @property
     def psnr(self) -> float:
         """10 log10(range^2 / MSE) in dB over all values of all channels; inf for equal images."""
-        return -10.0 * math.log10(self.mse) if self.mse > 0 else math.inf
+        return -10.0 * math.log10(self.mse) if self.mse != 0 else math.inf
 
     @property
     def ssim(self) -> float | None:

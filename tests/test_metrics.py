@@ -149,6 +149,11 @@ def test_ssim_sums_of_overlapping_parts_are_the_whole():
     assert reduce(add, parts).ssim == pytest.approx(whole.ssim, abs=1e-6)
 
 
+def test_an_error_that_is_no_number_is_no_perfect_image() -> None:
+    image = np.full((9, 9, 1), math.nan, "float32")
+    assert math.isnan(metrics.psnr(image, np.zeros_like(image), data_range=1))
+
+
 @pytest.mark.parametrize("data_range", [0, -1, math.nan, math.inf])
 def test_error_sums_refuse_a_range_that_is_none(data_range):
     a = np.zeros((2, 2, 1), np.uint8)

@@ -17,7 +17,7 @@ from denoise_core.errors import NonFiniteValues
 from denoise_core.evaluation.sources import Shot, read_shot
 from denoise_core.images import data_range, decode, filled, read_header, read_window, restore, valid
 from denoise_core.images.nodata import parse_nodata
-from denoise_core.pipelines.job import Job, Model
+from denoise_core.pipelines.job import Job, Model, merge_reference
 from denoise_core.pipelines.stages import Expand, Item, Read, Write
 from denoise_core.storage import StorageOptions
 
@@ -91,6 +91,12 @@ def raster(array: np.ndarray, nodata: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+def save(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, array, photometric="minisblack")
+    return out.getvalue()
+
+
 def test_nan_is_refused_unless_it_is_named_and_wanted() -> None:
     array = picture(40, 50, 1)[..., 0].copy()
     array[:9, :9] = np.nan
@@ -149,6 +155,45 @@ def test_another_depth_has_no_such_value(tmp_path: Path, nodata: str) -> None:
     made = decode((tmp_path / "out/images/a.tif").read_bytes(), name="x")
     assert made.header.nodata is None
     assert (made.pixels[0, 0, 0], made.pixels[9, 0, 0]) == (0, 128)
+
+
+@pytest.mark.parametrize("in_regions", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "nodata"), [("float32", "nan"), ("float32", "-9999"), ("uint8", "0")]
+)
+def test_a_reference_is_held_against_what_is_data_in_both(
+    tmp_path: Path, dtype: str, nodata: str, in_regions: bool
+) -> None:
+    one = 255 if dtype == "uint8" else 1
+    clean = np.full((90, 90), 0.4 * one, dtype)
+    noisy = np.full((90, 90), 0.6 * one, dtype)
+    plain = save(noisy)
+    noisy[:20], clean[-30:] = float(nodata), float(nodata)
+    (tmp_path / "a.tif").write_bytes(raster(clean, nodata, tile=(64, 64)))
+    write = Write(job_of(tmp_path / "out", reference=str(tmp_path)), None)
+    for data in (plain, raster(noisy, nodata)):
+        image = decode(data, name="x", keep_nodata=True)
+        facts = {"path": "a.tif", "size": [90, 90], "data_range": [0, one]}
+        facts |= {"nodata": image.header.nodata}
+        if in_regions:
+            place = slice(0, 90), slice(0, 90)
+            sums = write._region_against_reference(facts, place, image.pixels, image.pixels)
+            found = merge_reference([sums])
+        else:
+            found = write._against_reference(facts, image.metadata, image.pixels, image.pixels)
+        assert found["mse"] == pytest.approx(0.04)
+        assert found["psnr"] == pytest.approx(-10 * math.log10(0.04))
+        assert 0 < found["ssim"] < 1
+
+
+def test_a_reference_without_any_data_gives_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(raster(np.full((40, 50), -9999, "float32"), "-9999"))
+    image = decode(save(picture(40, 50, 1)[..., 0]), name="x")
+    facts = {"path": "a.tif", "size": [40, 50], "data_range": [0, 1]}
+    write = Write(job_of(tmp_path / "out", reference=str(tmp_path)), None)
+    found = write._against_reference(facts, image.metadata, image.pixels, image.pixels)
+    assert found["reference_problem"].startswith("no pixel is data")
+    assert "psnr" not in found
 
 
 @pytest.mark.parametrize(("brightest", "high"), [(4000, 4095), (5000, 65535)])

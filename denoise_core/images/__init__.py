@@ -24,7 +24,7 @@ from denoise_core.images.codecs import (
     uses_more_bits,
 )
 from denoise_core.images.exif import camera_of
-from denoise_core.images.nodata import filled, picture_of, restore, valid
+from denoise_core.images.nodata import filled, is_nodata, picture_of, restore, valid
 from denoise_core.images.tiff import is_negative
 from denoise_core.images.types import (
     MAX_PIXELS,
@@ -50,6 +50,7 @@ __all__ = [
     "fitting_compression",
     "inverted",
     "is_negative",
+    "is_nodata",
     "left_behind",
     "open_image",
     "output_name",

@@ -29,8 +29,10 @@ def parse_nodata(text: str, dtype: np.dtype[Any]) -> float | None:
     return value if bounds.min <= value <= bounds.max and value.is_integer() else None
 
 
-def is_nodata(pixels: Array, nodata: float) -> Array:
+def is_nodata(pixels: Array, nodata: float | None) -> Array:
     """Which of the values (any shape) are no data, as bool."""
+    if nodata is None:
+        return np.zeros(pixels.shape, bool)
     return np.isnan(pixels) if math.isnan(nodata) else pixels == pixels.dtype.type(nodata)
 
 

@@ -74,6 +74,9 @@ def now() -> str:
 
 def reference_figures(after: ErrorSums, before: ErrorSums) -> Facts:
     """Return the row's figures against a reference, of the denoised and of the noisy image."""
+    if not after.count:
+        problem = "no pixel is data both in the image and in its reference"
+        return {"reference_uri": None, "reference_problem": problem}
     return {
         "psnr": after.psnr,
         "ssim": after.ssim,

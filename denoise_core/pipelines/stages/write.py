@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from denoise_core.images import (
     fitting_compression,
     inverted,
     is_negative,
+    is_nodata,
     left_behind,
     open_image,
     picture_of,
@@ -42,7 +43,6 @@ from denoise_core.images import (
     read_metadata,
     read_window,
     rescale,
-    restore,
     to_dtype,
 )
 from denoise_core.images.zarr import METADATA_FILES
@@ -141,7 +141,8 @@ class Write:
         clean = self._same_units(reference, denoised.dtype, low, high)
         if is_negative(reference.metadata) != is_negative(metadata):
             clean = inverted(clean, (low, high))
-        before, after = errors(facts, noisy, denoised, clean)
+        absent = is_nodata(reference.pixels, reference.header.nodata)
+        before, after = errors(facts, noisy, denoised, clean, absent)
         return {"reference_uri": uri, **reference_figures(after, before)}
 
     def _region_against_reference(
@@ -166,7 +167,8 @@ class Write:
                 clean, _ = read_window(file, y=core[0], x=core[1], name=uri, keep_nodata=True)
         except (ImageError, StorageError) as error:
             return {"reference_problem": str(error)}
-        before, after = errors(facts, noisy, denoised, clean)
+        absent = is_nodata(clean, header.nodata)
+        before, after = errors(facts, noisy, denoised, clean, absent)
         return {"reference_uri": uri, "after": asdict(after), "before": asdict(before)}
 
     def _copy_streamed(self, facts: Facts) -> None:
@@ -234,19 +236,27 @@ class Write:
 
 
 def errors(
-    facts: Facts, noisy: Array, denoised: Array, clean: Array
+    facts: Facts, noisy: Array, denoised: Array, clean: Array, absent: Array
 ) -> tuple[metrics.ErrorSums, metrics.ErrorSums]:
-    """Return the errors of the noisy and of the denoised pixels, without those that are no data."""
+    """Return the errors of the noisy and of the denoised pixels, without those that are no data.
+
+    All are (h, w, C) of one dtype; `absent` tells as bool which values of `clean` are no data. SSIM
+    takes these and those of the image for equal.
+    """
     low, high = facts["data_range"]
-    if facts.get("nodata") is not None:
-        clean = clean.copy()
-        restore(clean, noisy, facts["nodata"])
-    clean, before = filled_of(facts, clean), filled_of(facts, noisy)
-    sums = metrics.error_sums(before, clean, data_range=high - low)
-    if denoised is noisy:
-        return sums, sums
-    after = filled_of(facts, denoised)
-    return sums, metrics.error_sums(after, clean, data_range=high - low)
+    absent = absent | is_nodata(noisy, facts.get("nodata"))
+    missing = int(np.count_nonzero(absent))
+    before = filled_of(facts, noisy)
+
+    def sums_of(pixels: Array) -> metrics.ErrorSums:
+        pair = pixels, clean
+        if missing:
+            pair = np.where(absent, before, pixels), np.where(absent, before, clean)
+        sums = metrics.error_sums(*pair, data_range=high - low)
+        return replace(sums, count=sums.count - missing)
+
+    sums = sums_of(noisy)
+    return sums, sums if denoised is noisy else sums_of(denoised)
 
 
 @contextmanager
