@@ -181,7 +181,8 @@ def print_outcome(outcome: Outcome, config: DenoiseConfig) -> None:
     if outcome.unreferenced:
         click.echo(
             f"{outcome.unreferenced} without a usable image of the same path and shape under "
-            f"{config.reference}: no PSNR for them."
+            f"{config.reference}: no PSNR for them. The first: "
+            f"{printable(outcome.reference_problem)}"
         )
     if outcome.dim:
         low, high = outcome.dim_ends

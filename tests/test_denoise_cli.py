@@ -287,6 +287,12 @@ def test_help_imports_neither_ray_nor_numpy() -> None:
     assert "--output" in done.stdout
 
 
+def test_why_an_image_has_no_psnr_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = Outcome("run", Totals(ok=2), True, unreferenced=2, reference_problem="a: no \ud800")
+    print_outcome(outcome, DenoiseConfig(inputs=("in",), output="out", reference="clean"))
+    assert "no PSNR for them. The first: a: no \\ud800" in capsys.readouterr().out
+
+
 def test_failure_that_cannot_be_printed_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"path": "a.zarr", "error_stage": "read", "error_type": "UnsupportedImage"}
     failure = {**facts, "error_message": "a.zarr: \ud800 samples"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections import defaultdict
@@ -167,24 +168,53 @@ def test_regions_that_an_older_version_marked_are_merged() -> None:
     assert merge_reference(marked)["mse"] == 1.0
 
 
-def test_a_reference_of_the_other_polarity_is_turned(tmp_path: Path) -> None:
-    clean = as_dtype(picture(40, 50, 1), "uint8")[..., 0]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "clean").mkdir()
-    tifffile.imwrite(tmp_path / "in/a.tif", 255 - clean, photometric="miniswhite")
-    tifffile.imwrite(tmp_path / "clean/a.tif", clean, photometric="minisblack")
-    config = DenoiseConfig(
-        inputs=("x",), output=str(tmp_path / "out"), reference=str(tmp_path / "clean")
-    )
-    job = Job(
-        config, "run", StorageOptions(), Geometry(64, 16, 2), (Model("m", "m", "0", 0.0),), "hash"
-    )
-    item = Item({"path": "a.tif", "source_uri": str(tmp_path / "in/a.tif")})
+def figures_of(root: Path, noisy: np.ndarray, clean: np.ndarray, **settings: Any) -> Facts:
+    """The figures of an image that stays as it is; `settings` are the job's."""
+    for folder, pixels in (("in", noisy), ("clean", clean)):
+        (root / folder).mkdir()
+        kind = "miniswhite" if pixels is noisy and settings.pop("negative", False) else "minisblack"
+        tifffile.imwrite(root / folder / "a.tif", pixels, photometric=kind)
+    models = (Model("m", "m", "0", 0.0),)
+    job = job_of(root / "out", models=models, reference=str(root / "clean"), **settings)
+    item = Item({"path": "a.tif", "source_uri": str(root / "in/a.tif")})
     Read(job, None)._read(item)
     pixels = item.array("pixels")
     metadata = ImageMetadata.from_bytes(bytes(item.metadata))
-    found = Write(job, None)._against_reference(item.facts, metadata, pixels, pixels)
-    assert found["mse"] == 0
+    return Write(job, None)._against_reference(item.facts, metadata, pixels, pixels)
+
+
+def test_a_reference_of_the_other_polarity_is_turned(tmp_path: Path) -> None:
+    clean = as_dtype(picture(40, 50, 1), "uint8")[..., 0]
+    assert figures_of(tmp_path, 255 - clean, clean, negative=True)["mse"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "clean_dtype", "settings", "expected"),
+    [
+        # The range of such floats is an estimate: it is not known what their white is.
+        ("float32", "uint8", {}, "a.tif: uint8.* float32 .* --data-range"),
+        ("float32", "uint8", {"data_range": "0:255"}, None),
+        ("uint8", "float32", {}, "a.tif: float32 .* uint8"),
+        ("float32", "float64", {}, None),
+        ("float64", "float32", {"data_range": "0:255"}, None),
+    ],
+)
+def test_a_reference_of_another_dtype_is_in_known_units_or_none(
+    tmp_path: Path, dtype: str, clean_dtype: str, settings: dict[str, str], expected: str | None
+) -> None:
+    levels = as_dtype(picture(40, 50, 1) / 2 + 0.25, "uint8")[..., 0]
+    noisy = levels.astype(dtype)
+    noisy[0, 0] = 255
+    found = figures_of(tmp_path, noisy, levels.astype(clean_dtype), **settings)
+    if expected is None:
+        assert found["mse"] < 1 / levels.size
+    else:
+        assert re.search(expected, found["reference_problem"])
+
+
+def test_floats_of_zero_to_one_are_held_against_bytes(tmp_path: Path) -> None:
+    levels = as_dtype(picture(40, 50, 1), "uint8")[..., 0]
+    assert figures_of(tmp_path, levels / np.float32(255), levels)["mse"] < 1e-9
 
 
 def test_the_actor_measures_what_the_write_stage_would(checkpoint: str, tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ class Totals:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended. `unreferenced` images have no usable image under --reference.
+    """How a run ended. `unreferenced` images have no usable image under --reference;
+    `reference_problem` says why, of the first of them.
 
     `dim` images were copied and use little of their range; `dim_ends` are the least value in them,
     0 at most, and the largest.
@@ -94,6 +95,7 @@ class Outcome:
     listed: list[str] = field(default_factory=list)
     worst_failures: list[Facts] = field(default_factory=list)
     unreferenced: int = 0
+    reference_problem: str = ""
     dim: int = 0
     dim_ends: tuple[int, int] = (0, 0)
 
@@ -373,6 +375,7 @@ class _Run:
         self.assembling: dict[str, Facts] = {}
         self.assembled: list[Facts] = []
         self.unreferenced = self.dim = 0
+        self.reference_problem = ""
         self.dim_ends = 0, 0
         # Images by device and precision.
         self.computed: Counter[str] = Counter()
@@ -404,6 +407,7 @@ class _Run:
             within,
             worst_failures=self.failures[:5],
             unreferenced=self.unreferenced,
+            reference_problem=self.reference_problem,
             dim=self.dim,
             dim_ends=self.dim_ends,
         )
@@ -533,7 +537,9 @@ class _Run:
         totals.ok += not facts.get("copied")
         height, width = facts["size"]
         totals.megapixels += height * width / 1e6
-        self.unreferenced += "reference_problem" in facts
+        if "reference_problem" in facts:
+            self.unreferenced += 1
+            self.reference_problem = self.reference_problem or facts["reference_problem"]
         if "device" in facts:
             self.computed[f"{facts['device']}, {facts['precision']}"] += 1
         if facts.get("misses_gpu") and not self.misses_gpu:

@@ -24,6 +24,7 @@ from denoise_core.errors import (
     RunFailed,
     StorageError,
     StorageUnavailable,
+    UnsupportedImage,
 )
 from denoise_core.images import (
     DecodedImage,
@@ -133,14 +134,13 @@ class Write:
         try:
             most = self.job.config.max_pixels
             reference = decode(fetch(storage, uri), name=uri, max_pixels=most, keep_nodata=True)
+            if reference.pixels.shape != denoised.shape:
+                return {"reference_problem": f"{uri}: shape {reference.pixels.shape}"}
+            clean = self._same_units(reference, facts, denoised.dtype, name=uri)
         except (ImageError, StorageError) as error:
             return {"reference_problem": str(error)}
-        if reference.pixels.shape != denoised.shape:
-            return {"reference_problem": f"{uri}: shape {reference.pixels.shape}"}
-        low, high = facts["data_range"]
-        clean = self._same_units(reference, denoised.dtype, low, high)
         if is_negative(reference.metadata) != is_negative(metadata):
-            clean = inverted(clean, (low, high))
+            clean = inverted(clean, tuple(facts["data_range"]))
         absent = is_nodata(reference.pixels, reference.header.nodata)
         before, after = errors(facts, noisy, denoised, clean, absent)
         return {"reference_uri": uri, **reference_figures(after, before)}
@@ -194,11 +194,30 @@ class Write:
             facts |= merge_reference(sums)
         facts |= {"metadata_lost": [], **untouched(facts)}
 
-    @staticmethod
-    def _same_units(reference: DecodedImage, dtype: Any, low: float, high: float) -> Array:
+    def _same_units(
+        self, reference: DecodedImage, facts: Facts, dtype: np.dtype[Any], *, name: str
+    ) -> Array:
+        """Return the reference's pixels in the image's units, of its `dtype`.
+
+        Floats of any width have one unit. Else black and white are those of the two ranges. Raises
+        UnsupportedImage where one of these is but the estimate of floats.
+        """
         if reference.pixels.dtype == dtype:
             return reference.pixels
         pixels, own = picture_of(reference)
+        if pixels.dtype.kind == dtype.kind == "f":
+            return to_dtype(pixels.astype(np.float64), dtype)
+        low, high = facts["data_range"]
+        stated = self.job.config.data_range != "auto"
+        if dtype.kind == "f" and (low, high) != (0, 1) and not stated:
+            raise UnsupportedImage(
+                f"{name}: {pixels.dtype}, and of the image's {dtype} it is not known which values "
+                "are black and white: state --data-range"
+            )
+        if pixels.dtype.kind == "f" and own != (0, 1):
+            raise UnsupportedImage(
+                f"{name}: {pixels.dtype} outside of [0, 1]; expected {dtype} as in the image"
+            )
         unit = (pixels.astype(np.float32) - own[0]) / (own[1] - own[0])
         return to_dtype(unit * (high - low) + low, dtype, low, high)
 
