@@ -118,6 +118,36 @@ def test_only_regions_of_earlier_runs_are_taken_as_they_are(tmp_path: Path) -> N
     assert resumed.facts["sigma_out"] == first.facts["sigma_out"]
 
 
+def test_a_region_has_its_figures_against_the_reference_of_this_run(tmp_path: Path) -> None:
+    pixels = as_dtype(picture(300, 500, 3), "uint8")
+    for folder in (".", "one", "other"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / folder / "a.tif", pixels, tile=(128, 128), photometric="rgb")
+    facts = {
+        "image_id": "id", "source_fingerprint": "print", "source_uri": str(tmp_path / "a.tif"),
+        "path": "a.tif", "size": [300, 500], "region_size": 256, "region": 0, "regions": 4,
+        "in_regions": True, "data_range": [0, 255],
+    }  # fmt: skip
+
+    def read(run_id: str, folder: str | None) -> tuple[Job, Item]:
+        reference = folder and str(tmp_path / folder)
+        job = job_of(tmp_path / "out", run_id=run_id, reference=reference)
+        item = Item(dict(facts))
+        Read(job, None)._read_region(item, LocalStorage())
+        return job, item
+
+    for first in ("one", "missing"):
+        job, item = read(f"killed, {first}", first)
+        item.denoised = np.ascontiguousarray(item.array("pixels")[:256, :256])
+        item.facts["core_shape"] = list(item.denoised.shape)
+        Write(job, None)._stage_region(item)
+        for folder in ("one", "missing", "other", None):
+            _, again = read("next", folder)
+            assert again.facts.get("staged", False) == (folder in (first, None)), (first, folder)
+            told = {"after", "before", "reference_uri", "reference_problem"} & again.facts.keys()
+            assert bool(told) == (folder == first), (first, folder)
+
+
 def stage_tiff(folder: Path, **settings: Any) -> tuple[Job, Facts]:
     """A tiled TIFF whose regions an actor has left as they are; the job, the facts of the image."""
     pixels = as_dtype(picture(300, 500, 3), "uint8")

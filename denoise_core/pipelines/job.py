@@ -95,10 +95,8 @@ def _sums(marked: Facts) -> ErrorSums:
 def merge_reference(regions: list[Facts]) -> Facts:
     """Return an image's figures against its reference; every region has to have its sums."""
     for facts in regions:
-        if "after" not in facts:
-            missing = "some of its regions were done before --reference was given"
-            problem = facts.get("reference_problem", missing)
-            return {"reference_uri": None, "reference_problem": problem}
+        if "reference_problem" in facts:
+            return {"reference_uri": None, "reference_problem": facts["reference_problem"]}
     after, before = (
         reduce(add, (_sums(facts[name]) for facts in regions)) for name in ("after", "before")
     )

@@ -28,6 +28,9 @@ from denoise_core.storage import storage_for
 
 Array = np.ndarray
 
+# What a region's marker holds of its reference.
+AGAINST = frozenset(("reference_uri", "reference_problem", "after", "before"))
+
 
 class Read:
     """Fetch and decode; estimate the noise; decide whether the image is copied."""
@@ -88,9 +91,14 @@ class Read:
         target = storage_for(self.job.config.output, self.job.options)
         if target.stat(staged) is not None:
             done = json.loads(target.read(staged))
+            run_id, reference = done.pop("run_id"), done.pop("reference", None)
+            wanted = self.job.config.reference
+            if wanted is None:
+                done = {name: value for name, value in done.items() if name not in AGAINST}
             # A region of this run is read again: of a task that lost its machine Ray takes only
-            # what it has not seen, and expects what comes before to be as large as it was.
-            if done.pop("run_id") != self.job.run_id:
+            # what it has not seen, and expects what comes before to be as large as it was. So is
+            # one that was held against another reference than this run's, or against none.
+            if run_id != self.job.run_id and wanted in (None, reference):
                 # What this run knows of the item itself goes before what a killed one noted.
                 facts |= {**done, **facts, "staged": True}
                 return

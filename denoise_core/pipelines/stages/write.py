@@ -239,7 +239,8 @@ class Write:
         pixels = self.job.staging(facts, f"{facts['region']:06d}.npy")
         write_output(self.output, pixels, buffer.getbuffer())
         # The marker comes last: a region with it is finished, whatever happens afterwards.
-        marker = {k: v for k, v in facts.items() if k != "started_at"} | {"run_id": self.job.run_id}
+        marker = {k: v for k, v in facts.items() if k != "started_at"}
+        marker |= {"run_id": self.job.run_id, "reference": self.job.config.reference}
         uri = self.job.staging(facts, f"{facts['region']:06d}.json")
         write_output(self.output, uri, json.dumps(marker).encode())
 
