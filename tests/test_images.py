@@ -845,6 +845,19 @@ def test_associated_alpha_is_named(target: str, kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_a_fourth_channel_that_no_tag_explains_becomes_no_alpha(planar: str) -> None:
+    array = random_array((HEIGHT, WIDTH, 4), "uint16")
+    array = np.moveaxis(array, 2, 0) if planar == "separate" else array
+    data = save_tiff(array, photometric="rgb", planarconfig=planar, extrasamples=[0], metadata=None)
+    # The tag ExtraSamples becomes another one.
+    data = data.replace(struct.pack("<HHI", 338, 3, 1), struct.pack("<HHI", 337, 3, 1))
+    out, lost = again(data)
+    assert_same_image(data, out)
+    assert decode(out, name="x").alpha is None
+    assert lost == ()
+
+
 def test_float_to_sixteen_bit_png() -> None:
     array = np.linspace(0, 1, 12, dtype="float32").reshape(3, 4)
     out, _ = again(save_tiff(array), format="png", bit_depth="16")

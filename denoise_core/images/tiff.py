@@ -684,11 +684,14 @@ def page_options(
     if tile and any(size % 16 for size in tile):
         lost.append(f"tiff:tile of {tile[0]}x{tile[1]} (written as a multiple of 16)")
         tile = [-(-size // 16) * 16 for size in tile]
-    many = math.prod(layout["page_shape"][slice(0, 5, 4)]) > 1
+    samples = math.prod(layout["page_shape"][slice(0, 5, 4)])
+    photometric = RGB if layout["photometric"] == YCBCR else layout["photometric"]
+    # Of a fourth sample that nothing explains tifffile would make alpha.
+    unexplained = [0] * (samples - 3) if photometric == RGB else []
     options = {
-        "photometric": RGB if layout["photometric"] == YCBCR else layout["photometric"],
-        "planarconfig": layout["planarconfig"] if many else None,
-        "extrasamples": layout["extrasamples"] or None,
+        "photometric": photometric,
+        "planarconfig": layout["planarconfig"] if samples > 1 else None,
+        "extrasamples": layout["extrasamples"] or unexplained or None,
         "tile": tuple(tile) if tile else None,
         "rowsperstrip": None if tile else layout["rowsperstrip"] or None,
         "compression": code if code != NONE else None,
