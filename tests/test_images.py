@@ -858,6 +858,30 @@ def test_a_fourth_channel_that_no_tag_explains_becomes_no_alpha(planar: str) -> 
     assert lost == ()
 
 
+@pytest.mark.parametrize(
+    ("bits", "dtype", "depth", "expected"),
+    [
+        (4, "uint8", "preserve", ("tiff:4 bits a sample (written with 8)",)),
+        (12, "uint16", "preserve", ("tiff:12 bits a sample (written with 16)",)),
+        # Here the values are moved to the new depth.
+        (12, "uint16", "8", ()),
+        (8, "uint8", "preserve", ()),
+    ],
+)
+@pytest.mark.parametrize("target", ["png", "npy"])
+def test_bits_that_another_format_cannot_tell_are_named(
+    target: str, bits: int, dtype: str, depth: str, expected: tuple[str, ...]
+) -> None:
+    array = random_array((HEIGHT, WIDTH), dtype) >> (np.dtype(dtype).itemsize * 8 - bits)
+    data = save_tiff(
+        array, bitspersample=bits, photometric="minisblack", metadata=None, software=False
+    )
+    out, lost = again(data, format=target, bit_depth=depth)
+    assert lost == expected
+    if depth == "preserve":
+        np.testing.assert_array_equal(decode(out, name="x").pixels[..., 0], array)
+
+
 def test_float_to_sixteen_bit_png() -> None:
     array = np.linspace(0, 1, 12, dtype="float32").reshape(3, 4)
     out, _ = again(save_tiff(array), format="png", bit_depth="16")

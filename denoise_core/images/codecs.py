@@ -264,7 +264,10 @@ def encode(
     if target != "tiff" and tiff.is_negative(metadata):
         values = inverted(values, bounds)
     data, lost = _encode_samples(join_alpha(values, alpha), metadata, target, compression)
-    return data, tuple(dict.fromkeys((*metadata.lost, *left_behind(metadata, target), *lost)))
+    left = left_behind(metadata, target)
+    if metadata.format == "tiff" and target != "tiff" and dtype == source:
+        left += tiff.other_bits(metadata.native["bitspersample"], dtype)
+    return data, tuple(dict.fromkeys((*metadata.lost, *left, *lost)))
 
 
 def _check_options(target: str, bit_depth: str, compression: str | None) -> None:

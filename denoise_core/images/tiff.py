@@ -541,6 +541,15 @@ def tags_left_behind(metadata: ImageMetadata) -> list[str]:
     return lost if axes in PLAIN_AXES else [f"tiff:axes {axes}", *lost]
 
 
+def other_bits(bits: int, dtype: np.dtype[Any]) -> list[str]:
+    """The name of a depth of so many bits a sample, where `dtype` has another.
+
+    A PNG's sBIT would tell another thing: that so many of the upper bits are used.
+    """
+    full = dtype.itemsize * 8
+    return [f"tiff:{bits} bits a sample (written with {full})"] if bits != full else []
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -678,7 +687,7 @@ def page_options(
     bits = 0 if bits == dtype.itemsize * 8 else bits
     # tifffile packs the swapped bytes of a big-endian file, which makes noise of the picture.
     if bits and (code != NONE or layout["byteorder"] == ">"):
-        lost.append(f"tiff:{bits} bits a sample (written with {dtype.itemsize * 8})")
+        lost += other_bits(bits, dtype)
         bits = 0
     tile = layout["tile"]
     if tile and any(size % 16 for size in tile):
