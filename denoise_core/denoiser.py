@@ -147,14 +147,16 @@ def _network_bytes(card: dict[str, Any], side: int) -> int:
     return int(side * side * width * BYTES_PER_PIXEL_AND_WIDTH)
 
 
-def working_bytes(card: dict[str, Any], geometry: Geometry, *, region: int) -> tuple[int, int]:
-    """Return the bytes that the network takes for one window, and one actor for one region.
+def working_bytes(
+    card: dict[str, Any], geometry: Geometry, *, region: int, batch: int = 1
+) -> tuple[int, int]:
+    """Return the bytes that the network takes for a batch, and one actor for one region.
 
     Both come on top of what TensorFlow and the weights take; a region has `region` pixels a side.
     """
     side = geometry.patch + 2 * geometry.halo
     window = (region + 2 * geometry.halo) ** 2
-    return _network_bytes(card, side), window * BYTES_PER_REGION_PIXEL
+    return batch * _network_bytes(card, side), window * BYTES_PER_REGION_PIXEL
 
 
 def _fixed_geometry(size: tuple[int, int], *, patch: str, halo: int, stride: int) -> Geometry:

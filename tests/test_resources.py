@@ -11,12 +11,13 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import DenoiseConfig
-from denoise_core.denoiser import resolve_geometry, working_bytes
+from denoise_core.denoiser import resolve_geometry
 from denoise_core.errors import UsageError
 from denoise_core.pipelines import cluster
 from denoise_core.pipelines.cluster import Resources, check_memory, choose_resources
+from denoise_core.pipelines.denoise import _make_job
 from denoise_core.pipelines.flow import Flow
-from denoise_core.pipelines.job import Model
+from denoise_core.storage import StorageOptions
 
 EMPTY = {"node:__internal_head__": 1.0, "memory": 8e9, "object_store_memory": 2e9}
 
@@ -140,15 +141,14 @@ def test_workers_that_are_still_to_come_must_be_stated() -> None:
 
 
 def test_windows_and_regions_that_no_host_can_hold_are_refused_with_the_numbers() -> None:
-    card = load_checkpoint("unet-s").card
+    checkpoint = load_checkpoint("unet-s")
 
     def check(gpus: float = 0.0, **settings: Any) -> None:
-        config = DenoiseConfig(inputs=("in",), output="out", **settings)
-        geometry = resolve_geometry(card, patch=config.patch, halo=config.halo)
-        model = Model("m", "m", "0", 0.0, 0.0, working_bytes(card, geometry, region=config.region))
-        job = SimpleNamespace(config=config, models=(model,))
+        config = DenoiseConfig(inputs=("in",), output="out", model="unet-s", **settings)
+        geometry = resolve_geometry(checkpoint.card, patch=config.patch, halo=config.halo)
+        job = _make_job(config, [checkpoint], geometry, run_id="run", options=StorageOptions())
         hosts = [{"CPU": 4.0}, {"CPU": 4.0, "memory": 4e9}, {"CPU": 1.0, "memory": 1e9}]
-        check_memory(job, Resources((1, 1), 1.0, gpus, None), hosts)  # type: ignore[arg-type]
+        check_memory(job, Resources((1, 1), 1.0, gpus, None), hosts)
 
     check()
     with pytest.raises(UsageError, match=r"--patch 4096.* 132.9 GB .* 0.3 GB .* 4.0 GB on"):
@@ -156,6 +156,12 @@ def test_windows_and_regions_that_no_host_can_hold_are_refused_with_the_numbers(
     check(patch="4096", gpus=1.0)
     with pytest.raises(UsageError, match="--region 16384"):
         check(region=16384, gpus=1.0)
+    # In float32 a CPU takes patch by patch; in no run more of them than it has at hand.
+    check(batch_size="1000000", precision="float32")
+    check(batch_size="1000000", precision="bfloat16", gpus=1.0)
+    check(batch_size="2", precision="bfloat16")
+    with pytest.raises(UsageError, match=r"--batch-size 1000000: .* needs \d+\.\d GB"):
+        check(batch_size="1000000", precision="bfloat16")
 
 
 def test_a_fault_is_told_by_its_own_line_and_not_by_rays_advice(tmp_path: Path) -> None:

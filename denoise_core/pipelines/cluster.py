@@ -328,7 +328,7 @@ def _resources_to_come(wanted: tuple[int, int] | None, share: float | None) -> R
 
 
 def check_memory(job: Job, resources: Resources, hosts: Sequence[dict[str, float]]) -> None:
-    """Refuse settings whose windows and regions no host can hold, with the numbers.
+    """Refuse settings whose batches and regions no host can hold, with the numbers.
 
     `hosts` are Ray's resources of each. What TensorFlow takes is left out, and what a GPU holds.
     """
@@ -338,9 +338,10 @@ def check_memory(job: Job, resources: Resources, hosts: Sequence[dict[str, float
     if most and network + region > most:
         config, gb = job.config, 1e-9
         raise UsageError(
-            f"--patch {config.patch}, --halo {config.halo}, --region {config.region}: an actor "
-            f"needs {network * gb:,.1f} GB for the network and {region * gb:,.1f} GB for a region, "
-            f"and Ray may use {most * gb:,.1f} GB on the largest host. Lower them."
+            f"--patch {config.patch}, --halo {config.halo}, --region {config.region}, "
+            f"--batch-size {config.batch_size}: an actor needs {network * gb:,.1f} GB for the "
+            f"network and {region * gb:,.1f} GB for a region, and Ray may use {most * gb:,.1f} GB "
+            "on the largest host. Lower them."
         )
 
 

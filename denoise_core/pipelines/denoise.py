@@ -24,11 +24,19 @@ from denoise_core.checkpoints import Checkpoint, absolute_name, load_checkpoint
 from denoise_core.choice import AUTO, AUTO_MODELS
 from denoise_core.config import DenoiseConfig, as_dict, pixel_hash
 from denoise_core.denoiser import Geometry, resolve_geometry, working_bytes
-from denoise_core.devices import NO_GPU, device_memory
+from denoise_core.devices import NO_GPU, cpu_has_bfloat16, device_memory
 from denoise_core.errors import ObjectNotFound, RunFailed, StorageError, UsageError
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.lock import Lock, new_run_id, output_lock
-from denoise_core.pipelines.job import SAFE, Facts, Job, Model, merge_reference, now
+from denoise_core.pipelines.job import (
+    GROUP_PIXELS,
+    SAFE,
+    Facts,
+    Job,
+    Model,
+    merge_reference,
+    now,
+)
 from denoise_core.report import build_report
 from denoise_core.storage import (
     BUNDLE_SUFFIX,
@@ -231,7 +239,12 @@ def _make_job(
             checkpoint.hash,
             float(checkpoint.card.get("break_even_sigma", 0.0)) if below is None else below,
             float(checkpoint.card.get("break_even_residual", 0.0)) if below is None else 0.0,
-            working_bytes(checkpoint.card, geometry, region=config.region),
+            working_bytes(
+                checkpoint.card,
+                geometry,
+                region=config.region,
+                batch=_cpu_batch(config, checkpoint.card, geometry),
+            ),
         )
         for name, checkpoint in zip(candidates(config), checkpoints, strict=True)
     )
@@ -243,6 +256,19 @@ def _make_job(
         models=models,
         config_hash=pixel_hash(config, model_hash=_model_hash(checkpoints)),
     )
+
+
+def _cpu_batch(config: DenoiseConfig, card: dict[str, Any], geometry: Geometry) -> int:
+    """Return how many patches a CPU computes at once, at most all that an actor holds.
+
+    In float32 it computes them one by one, and by default about so.
+    """
+    precision = "float32" if card.get("float32_only") else config.precision
+    batched = precision == "bfloat16" or (precision == "auto" and cpu_has_bfloat16())
+    if config.batch_size == "auto" or not batched:
+        return 1
+    held = max(GROUP_PIXELS, config.region**2)
+    return min(int(config.batch_size), -(-held // geometry.patch**2))
 
 
 def _refuse_circular(config: DenoiseConfig) -> None:

@@ -16,6 +16,8 @@ from denoise_core.storage import StorageOptions, join
 Facts = dict[str, Any]
 """What is known of a work item so far, as plain JSON types."""
 
+# Pixels that the actor holds as floats at a time, beyond those of one region.
+GROUP_PIXELS = 8_000_000
 # The end of what is told of a run that stopped.
 SAFE = "Finished images are safe, the same command goes on with the rest."
 
@@ -26,7 +28,7 @@ class Model:
 
     An image is copied where its noise is under `copy_below`, in levels, and, if it is no coarse
     JPEG, where what the model would take away has a root mean square under `copy_residual`.
-    `working_bytes` is what the network takes for a window, and an actor for a region.
+    `working_bytes` is what the network takes on a CPU for a batch, and an actor for a region.
     """
 
     name: str

@@ -13,7 +13,7 @@ from denoise_core.denoiser import Denoiser, Part
 from denoise_core.devices import configure_tensorflow
 from denoise_core.errors import ImageError, StorageError, UsageError
 from denoise_core.images import restore
-from denoise_core.pipelines.job import Job
+from denoise_core.pipelines.job import GROUP_PIXELS, Job
 from denoise_core.pipelines.stages.items import (
     Guard,
     Item,
@@ -27,9 +27,6 @@ from denoise_core.pipelines.stages.items import (
 )
 
 Array = np.ndarray
-
-# Pixels that the actor holds as floats at a time, beyond those of one region.
-GROUP_PIXELS = 8_000_000
 
 
 class Denoise:
