@@ -464,6 +464,24 @@ def test_jpeg_keeps_tables_and_metadata(
     assert close.mean() < 1
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_jpeg_tables_are_those_of_their_components(order: slice, renamed: bool) -> None:
+    """Whatever lies first in the file, and whatever the tables' numbers are."""
+    data = save(smooth(3), "jpeg", quality=75)
+    first, size = data.index(b"\xff\xdb"), 69
+    tables = [data[first + i * size :][:size] for i in range(2)]
+    head, rest = data[:first], data[first + 2 * size :]
+    if renamed:
+        tables = [table[:4] + bytes([1 - table[4]]) + table[5:] for table in tables]
+        for component, table in ((1, 0), (2, 1), (3, 1)):
+            at = rest.index(b"\xff\xc0") + 10 + 3 * (component - 1)
+            assert (rest[at], rest[at + 2]) == (component, table)
+            rest = rest[: at + 2] + bytes([1 - table]) + rest[at + 3 :]
+    moved = head + b"".join(tables[order]) + rest
+    assert again(moved) == again(data)
+
+
 @pytest.mark.parametrize("samples", [3, 4])
 @pytest.mark.parametrize("lossless", [True, False])
 def test_webp(samples: int, lossless: bool) -> None:

@@ -169,7 +169,7 @@ def decode_jpeg(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
     segments, lost = _carried_segments(data, name=name)
     native = {
         "segments": [[marker, body] for marker, body in segments],
-        "qtables": [list(map(int, table)) for table in image.quantization.values()],
+        "qtables": _tables_by_component(image),
         "subsampling": get_sampling(image) if header.channels == 3 else -1,
         "progressive": bool(image.info.get("progressive")),
     }
@@ -189,6 +189,15 @@ def decode_jpeg(data: bytes, header: ImageHeader, *, name: str) -> tuple[Array, 
         lost=tuple(lost),
     )
     return samples, metadata
+
+
+def _tables_by_component(image: Any) -> list[list[int]]:
+    """The quantisation tables of the components in turn; the last is that of all that follow."""
+    # A table may come later, between two scans: its components get the one before.
+    numbers = [table for *_, table in image.layer if table in image.quantization]
+    while numbers[-2:-1] == numbers[-1:]:
+        numbers.pop()
+    return [list(map(int, image.quantization[number])) for number in numbers]
 
 
 def _strip_exif(block: bytes | None) -> bytes | None:
