@@ -1200,6 +1200,13 @@ def test_bombs_are_refused_by_their_header(make: object) -> None:
             call(data, name="bomb")
 
 
+def test_nobody_is_told_to_tile_a_tiled_tiff() -> None:
+    data = save_tiff(random_array((64, 64), "uint8"), tile=(16, 16))
+    with pytest.raises(ImageTooLarge, match="raise --max-pixels") as error:
+        decode(data, name="x", max_pixels=1000)
+    assert "tiled TIFF" not in str(error.value)
+
+
 def second_frame(width: int, height: int) -> bytes:
     """The frame segment of a colour JPEG of this size."""
     data = save(smooth(3), "jpeg")

@@ -148,10 +148,12 @@ def check_size(header: ImageHeader, *, name: str, max_pixels: int) -> ImageHeade
     pixels = header.height * header.width * groups
     if pixels > max_pixels:
         stack = f" of {header.samples} samples" if groups > 1 else ""
+        # What is tiled and comes here is too small for windows, or becomes another format.
+        tiled = "" if header.windowed else "convert it to a tiled TIFF, which is read in windows, "
         raise ImageTooLarge(
             f"{name}: the header tells {header.width}x{header.height} pixels{stack}, more than "
-            f"the {max_pixels:,} that are decoded at once; convert it to a tiled TIFF, which is "
-            "read in windows, or check whether the file is damaged"
+            f"the {max_pixels:,} that are decoded at once; {tiled}raise --max-pixels, or check "
+            "whether the file is damaged"
         )
     return header
 
