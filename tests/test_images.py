@@ -944,6 +944,29 @@ def test_what_does_not_fit_into_a_format_is_named(
         assert back == (pytest.approx(value, rel=1e-3) if field == "dpi" else value)
 
 
+@pytest.mark.parametrize(
+    ("dpi", "target", "in_exif", "named"),
+    [
+        (300.5, "jpeg", False, True),
+        (300.5, "jpeg", True, False),
+        (300.5, "png", False, False),
+        (0.6, "png", False, True),
+        # What the metres of a PNG make of 300, and centimetres of 118.
+        (299.9994, "jpeg", False, False),
+        (118 * 2.54, "jpeg", False, False),
+    ],
+)
+def test_a_rounded_resolution_is_named(dpi: float, target: str, in_exif: bool, named: bool) -> None:
+    exif = Image.Exif()
+    exif[282] = exif[283] = dpi
+    exif[296] = 2
+    image = decode(save(smooth(3), "webp", exif=exif.tobytes()), name="x")
+    metadata = image.metadata if in_exif else replace(image.metadata, exif=None)
+    assert metadata.dpi == pytest.approx((dpi, dpi))
+    _, lost = encode(image.pixels, None, metadata, format=target)
+    assert lost == (("DPI (rounded)",) if named else ())
+
+
 def test_what_an_encoder_refuses_is_an_error_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def encoder(*_: object, **__: object) -> None:
         raise struct.error("argument out of range")

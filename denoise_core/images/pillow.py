@@ -265,13 +265,14 @@ def encode_jpeg(samples: Array, metadata: ImageMetadata) -> tuple[bytes, list[st
 
 def _jpeg_info(metadata: ImageMetadata) -> tuple[dict[str, Any], list[str]]:
     """What Pillow writes beside the pixels, and the names of what does not fit into a JPEG."""
-    info = _save_info(metadata)
-    info["dpi"], lost = whole_dpi(metadata, unit=1, most=65535)
+    info, lost = _save_info(metadata), []
     for key, (most, name) in JPEG_LIMITS.items():
         if len(info.get(key, b"")) > most:
             del info[key]
             lost.append(name)
-    return info, lost
+    told = dpi_of(metadata.exif) if "exif" in info else None
+    info["dpi"], no_dpi = whole_dpi(metadata, unit=1, most=65535, told=told)
+    return info, lost + no_dpi
 
 
 def _refuse_side(samples: Array, side: int, target: str) -> None:

@@ -269,7 +269,8 @@ def _general_chunks(metadata: ImageMetadata) -> tuple[list[Chunk], list[str]]:
     chunks: list[Chunk] = []
     if metadata.icc:
         chunks.append(("iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)))
-    dots, lost = whole_dpi(metadata, unit=INCHES_PER_METRE, most=2**31 - 1)
+    told = dpi_of(metadata.exif)
+    dots, lost = whole_dpi(metadata, unit=INCHES_PER_METRE, most=2**31 - 1, told=told)
     if any(dots):
         chunks.append(("pHYs", struct.pack(">IIB", *dots, 1)))
     if metadata.exif:

@@ -25,6 +25,9 @@ MAX_PIXELS = 400_000_000
 MAX_WINDOWED_PIXELS = 100_000_000_000
 """Most pixels of what is read in windows; above it the header is taken for a bomb."""
 
+SAME_DPI = 1e-3
+"""Part of a resolution by which rounding may change it without a word: 118 dots/cm are 300 dpi."""
+
 CODEC_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -202,15 +205,25 @@ def grey_or_samples(samples: Array) -> Array:
     return samples[..., 0] if samples.shape[-1] == 1 else samples
 
 
-def whole_dpi(metadata: ImageMetadata, *, unit: float, most: int) -> tuple[list[int], list[str]]:
+def whole_dpi(
+    metadata: ImageMetadata,
+    *,
+    unit: float,
+    most: int,
+    told: tuple[float, float] | None = None,
+) -> tuple[list[int], list[str]]:
     """[x, y] in whole dots per `unit` inches, [0, 0] where there are none or they do not fit.
 
-    The list beside it names the loss.
+    The list beside it names the loss, also that by rounding, unless the file's EXIF has `told` it.
     """
     if not metadata.dpi:
         return [0, 0], []
-    dots = [round(value * unit) for value in metadata.dpi]
-    return (dots, []) if min(dots) >= 1 and max(dots) <= most else ([0, 0], ["DPI"])
+    exact = [value * unit for value in metadata.dpi]
+    dots = [round(value) for value in exact]
+    if min(dots) < 1 or max(dots) > most:
+        return [0, 0], ["DPI"]
+    rounded = any(abs(a - b) > SAME_DPI * b for a, b in zip(dots, exact, strict=True))
+    return dots, ["DPI (rounded)"] if rounded and told != metadata.dpi else []
 
 
 def refuse_false_alpha(samples: Array, metadata: ImageMetadata, *, target: str) -> None:
