@@ -18,6 +18,7 @@ from browsing import browser_test, resize, visit
 from click.testing import CliRunner
 from PIL import Image
 
+from denoise_core import metrics
 from denoise_core.errors import ObjectNotFound, RunFailed
 from denoise_core.report import build_report, page
 from denoise_core.report.charts import WIDTH, draw_charts
@@ -248,6 +249,15 @@ def test_tables_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown = re.findall(r'<th scope="row" class="name" title="/in/([^"]*)"', html)
     # The first ten in byte order, shown in natural order.
     assert shown == [f"{i}.png" for i in (0, 1, 10, 100, 101, 102, 103, 104, 105, 106)]
+
+
+def test_page_states_what_its_psnr_and_ssim_are(tmp_path: Path) -> None:
+    side = 2 * metrics.SSIM_RADIUS + 1
+    window = f"Gaussian windows of {side} × {side} pixels, sigma {metrics.SSIM_SIGMA}"
+    for name, only, stated in (("with", gained("a", 5.0), True), ("without", row("a"), False)):
+        build_report(write(tmp_path / name, [only]))
+        html = (tmp_path / name / "report.html").read_text()
+        assert (window in html) == ("data range of the image" in html) == stated
 
 
 # --- examples -----------------------------------------------------------------------------------

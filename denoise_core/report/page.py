@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
+from denoise_core.metrics import SSIM_RADIUS, SSIM_SIGMA
 from denoise_core.report.charts import BOTTOM, HEIGHT, TOP, WIDTH, draw_charts
 from denoise_core.report.examples import Example, rank, read_example
 from denoise_core.report.rows import Survey, Table
@@ -46,6 +47,8 @@ def render(
         prefix=survey.prefix,
         title=summary["out"].rstrip("/").rsplit("/", 1)[-1] or summary["out"],
         charts=draw_charts(survey),
+        ssim_window=2 * SSIM_RADIUS + 1,
+        ssim_sigma=SSIM_SIGMA,
         plot={"width": WIDTH, "height": HEIGHT, "top": TOP, "bottom": BOTTOM},
         settings=_settings(run),
         galleries=_galleries(table, survey, summary["out"], options=options, count=examples),
