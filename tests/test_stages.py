@@ -198,12 +198,14 @@ def test_regions_that_an_older_version_marked_are_merged() -> None:
     assert merge_reference(marked)["mse"] == 1.0
 
 
-def figures_of(root: Path, noisy: np.ndarray, clean: np.ndarray, **settings: Any) -> Facts:
+def figures_of(
+    root: Path, noisy: np.ndarray, clean: np.ndarray, *, kind: str = "minisblack", **settings: Any
+) -> Facts:
     """The figures of an image that stays as it is; `settings` are the job's."""
-    for folder, pixels in (("in", noisy), ("clean", clean)):
+    for folder in ("in", "clean"):
         (root / folder).mkdir()
-        kind = "miniswhite" if pixels is noisy and settings.pop("negative", False) else "minisblack"
-        tifffile.imwrite(root / folder / "a.tif", pixels, photometric=kind)
+    tifffile.imwrite(root / "in/a.tif", noisy, photometric=kind)
+    tifffile.imwrite(root / "clean/a.tif", clean, photometric="minisblack")
     models = (Model("m", "m", "0", 0.0),)
     job = job_of(root / "out", models=models, reference=str(root / "clean"), **settings)
     item = Item({"path": "a.tif", "source_uri": str(root / "in/a.tif")})
@@ -215,7 +217,7 @@ def figures_of(root: Path, noisy: np.ndarray, clean: np.ndarray, **settings: Any
 
 def test_a_reference_of_the_other_polarity_is_turned(tmp_path: Path) -> None:
     clean = as_dtype(picture(40, 50, 1), "uint8")[..., 0]
-    assert figures_of(tmp_path, 255 - clean, clean, negative=True)["mse"] == 0
+    assert figures_of(tmp_path, 255 - clean, clean, kind="miniswhite")["mse"] == 0
 
 
 @pytest.mark.parametrize(
