@@ -69,6 +69,18 @@ def rest_log_monitor() -> None:
     os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "86400")
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, in the processes of a Ray that is started here from now on.
+
+    For training: each step takes the same memory again. By default glibc gives large blocks back to
+    the kernel, and every page of them anew is a fault: 13,000 in a step of unet-s on a CPU, a tenth
+    of its time. Workers then hold up to a seventh more memory.
+    """
+    # Not by GLIBC_TUNABLES: it reaches the children of a child cut at its first ':'.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
+
+
 def end_on_sigterm() -> None:
     """End on SIGTERM as on Ctrl-C, with rows and lock in order: `ray job stop` sends it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

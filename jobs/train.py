@@ -19,12 +19,13 @@ from denoise_core.storage import StorageOptions, join, storage_for
 from denoise_core.training import prepare
 from jobs._cli import settings_command
 from jobs._progress import TrainingBar, is_live
-from jobs._ray import silent_stderr, start_ray
+from jobs._ray import keep_freed_memory, silent_stderr, start_ray
 
 
 def run(config: TrainConfig) -> int:
     """Train by `config`, show progress, print where the best model is. Returns the exit code."""
     plan = prepare(config)
+    keep_freed_memory()
     start_ray()
     # TensorFlow, which Ray Train imports here, greets on stderr whatever its log level.
     with silent_stderr():
