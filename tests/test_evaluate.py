@@ -36,6 +36,7 @@ from denoise_core.evaluation.methods import (
     fit,
     label_models,
 )
+from denoise_core.evaluation.page import data_uri
 from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
 from denoise_core.lock import Lock
@@ -832,6 +833,24 @@ def test_pictures_are_png_and_those_of_an_earlier_run_go(tmp_path: Path):
     names = {f"pictures/{path.name}" for path in folder.iterdir()}
     assert names == {*second["pictures"], "pictures/mine.png"}
     assert {row["label"] for row in rows_of(tmp_path / "out")} == set(range(10))
+
+
+def test_narrow_images_leave_the_page_its_size(tmp_path: Path):
+    for index in range(12):
+        write_png(tmp_path / f"{index:02}.png", clean_picture(300, 7 if index == 5 else 24))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("median",))
+    evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25"])
+    for path in (tmp_path / "out" / "pictures").iterdir():
+        height, width = imagecodecs.png_decode(path.read_bytes()).shape[:2]
+        assert height <= 5 * width, path.name
+
+
+def test_a_picture_too_large_for_webp_is_shown_as_png():
+    noise = np.random.default_rng(0).integers(0, 256, (20000, 8, 3), np.uint8)
+    for side, kind in ((16383, "webp"), (20000, "png")):
+        cut = imagecodecs.png_encode(noise[:side])
+        drawn = pictures.Drawn("n", "errors", "t", "c", cut, 8, side, photo=True)
+        assert data_uri(drawn).startswith(f"data:image/{kind};")
 
 
 def test_pairs_through_the_stages(tmp_path: Path):

@@ -22,6 +22,7 @@ SHOWN_ROWS = 1000
 SHOWN_FAILURES = 100
 WEBP_FROM = 100_000
 """Bytes of a picture's PNG above which the page shows a WebP; the PNG is in OUT/pictures."""
+WEBP_SIDE = 16383  # pixels a side that the format can hold
 WEBP_QUALITY = 75  # half the bytes of a JPEG that looks the same: most of them are noise
 
 SECTIONS = (
@@ -84,7 +85,8 @@ def half_width(interval: dict[str, Any], digits: int) -> str:
 
 def data_uri(picture: Drawn) -> str:
     """A picture for the page: its PNG, or a WebP where that is large and made of pixels."""
-    if not picture.photo or len(picture.png) < WEBP_FROM:
+    small = len(picture.png) < WEBP_FROM
+    if small or not picture.photo or max(picture.width, picture.height) > WEBP_SIDE:
         return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
     from PIL import Image
 

@@ -29,6 +29,7 @@ ERROR_MAP = "magma"
 MOST_POINTS = 4000
 LEGEND_LINES = 22  # of nine points beside a plot of the usual height
 SMALL = 128  # pixels a side below which an image is shown pixel by pixel, in a smaller place
+TALLEST = 2.0  # height by width of an image's place; a taller image is drawn narrower
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +155,9 @@ def _side(examples: Sequence[Example]) -> float:
 
 
 def _ratio(examples: Sequence[Example]) -> float:
-    """Height by width of the tallest."""
-    return max(example.clean.shape[0] / example.clean.shape[1] for example in examples)
+    """Height by width of the place of each: that of the tallest, but at most TALLEST."""
+    tallest = max(example.clean.shape[0] / example.clean.shape[1] for example in examples)
+    return min(tallest, TALLEST)
 
 
 def _ssim(value: float | None) -> str:
