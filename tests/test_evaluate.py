@@ -678,7 +678,13 @@ class HereModels(RunModels):
         self.models = models
 
 
-def evaluate_here(made: EvaluateConfig, models: list[FakeModel], noises: Sequence[str]) -> Any:
+def evaluate_here(
+    made: EvaluateConfig,
+    models: list[FakeModel],
+    noises: Sequence[str],
+    *,
+    stage: type[HereModels] = HereModels,
+) -> Any:
     """Run both stages and publish, in this process."""
     plan = Plan(
         config=made,
@@ -691,7 +697,7 @@ def evaluate_here(made: EvaluateConfig, models: list[FakeModel], noises: Sequenc
     shots = find_shots(made, OPTIONS)
     texts = [json.dumps(shot.to_json()) for shot in shots]
     names = pa.table({"shot": texts, "result": [""] * len(shots)})
-    results = HereModels(plan, models)(RunFilters(plan)(names))
+    results = stage(plan, models)(RunFilters(plan)(names))
     collected = Collected()
     for text in results["result"].to_pylist():
         collected.add(json.loads(text))
@@ -883,6 +889,37 @@ def test_an_unusable_image_is_a_row_and_not_the_end(tmp_path: Path):
     assert failed["error_message"] in re.sub(
         "&#39;|&#34;", "'", (tmp_path / "out" / "evaluation.html").read_text()
     )
+
+
+def test_an_image_that_goes_between_the_stages_is_a_row(tmp_path: Path):
+    for name in ("a.png", "b.png"):
+        write_png(tmp_path / name, clean_picture(30, 30))
+
+    class Late(HereModels):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            (tmp_path / "b.png").unlink()
+            return super().__call__(table)
+
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
+    summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25"], stage=Late)
+    assert summary["images"] == {"total": 2, "ok": 1, "failed": 1}
+    told = {(row["image"], row["method"]): row["error_type"] for row in rows_of(tmp_path / "out")}
+    assert told.pop(("b.png", None)) == "ObjectNotFound"
+    assert told.pop(("a.png", "m")) is None
+
+
+def test_an_output_that_takes_no_file_ends_the_run_in_either_stage(tmp_path: Path):
+    write_png(tmp_path / "a.png", clean_picture(30, 30))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".evaluate").touch()
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
+    model = FakeModel("m", 0.1)
+    plan = Plan(made, "run", OPTIONS, (model.source,), ("identity",), ("gaussian:25",))
+    (shot,) = find_shots(made, OPTIONS)
+    names = pa.table({"shot": [json.dumps(shot.to_json())], "result": ["[]"]})
+    for stage in (RunFilters(plan), HereModels(plan, [model])):
+        with pytest.raises(RunFailed, match="a part of this path is a file"):
+            stage(names)
 
 
 def test_a_model_that_gives_nan_fails_by_a_row(tmp_path: Path):

@@ -171,6 +171,17 @@ def test_damaged_weights_end_the_run_with_a_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+def test_an_output_that_takes_no_file_ends_the_run_with_its_sentence(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in", "a.png", as_dtype(picture(32, 32, 3), "uint8"))
+    out = tmp_path / "out"
+    monkeypatch.setattr(pipeline, "_sweep", lambda plan: (out / ".evaluate").touch())
+    config = EvaluateConfig(data=(str(tmp_path / "in"),), output=str(out), model=(checkpoint,))
+    with pytest.raises(RunFailed, match=r"^the evaluation stopped: .*a part of this path is a fi"):
+        run_evaluation(config, watcher=Watcher())
+
+
 def test_an_interrupted_evaluation_ends_its_work_before_it_clears_up(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,8 @@ def set_data_context(
     context.execution_options.preserve_order = ordered
     context.execution_options.verbose_progress = False
     context.custom_execution_callback_classes = [_Turn]
+    # What Ray Data would wrap it in travels without it, and `stopped` wants a RunFailed.
+    context.raise_original_map_exception = True
     if patience_s is not None:
         context.execution_no_progress_timeout_s = int(patience_s)
     # Ray Data 2.60 fetches the metadata of blocks in a thread. Small blocks, which the driver holds

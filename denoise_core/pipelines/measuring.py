@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 from denoise_core.config import EvaluateConfig
 from denoise_core.devices import configure_tensorflow
-from denoise_core.errors import ImageError, StorageError
+from denoise_core.errors import ImageError, RunFailed, StorageError
 from denoise_core.evaluation.examples import Ends, cut_example, example_uri
 from denoise_core.evaluation.methods import IDENTITY, SLOW, Model, ModelSource, run_filter
 from denoise_core.evaluation.protocol import (
@@ -128,7 +129,7 @@ class Bench:
         }
 
     def keep(self, uri: str, noisy: Array, picture: Picture, result: Measured, **more: Any) -> None:
-        """Write an example."""
+        """Write an example. Raises RunFailed where the output does not take it."""
         example = cut_example(
             noisy,
             result.output,
@@ -138,7 +139,22 @@ class Bench:
             ssim=result.ssim,
             **more,
         )
-        storage_for(uri, self.plan.options).write(uri, example.to_bytes())
+        with _no_fault_of_an_image():
+            storage_for(uri, self.plan.options).write(uri, example.to_bytes())
+
+    def drop(self, uri: str) -> None:
+        """Delete an example. Raises RunFailed where it cannot be."""
+        with _no_fault_of_an_image():
+            storage_for(uri, self.plan.options).delete(uri)
+
+
+@contextmanager
+def _no_fault_of_an_image() -> Iterator[None]:
+    """Raise RunFailed in place of what befalls the output, and so every other image too."""
+    try:
+        yield
+    except StorageError as error:
+        raise RunFailed(str(error)) from None
 
 
 @dataclass(slots=True)
@@ -256,18 +272,23 @@ class RunModels:
             for shot, text in zip(shots, earlier, strict=True)
             if not any(_is_whole_failure(row) for part in json.loads(text) for row in part["rows"])
         ]
-        for group in self._groups(readable):
+        for group in self._groups(readable, notes):
             for noise in self.plan.noises:
                 noisy = [self.bench.noisy(shot, picture, noise) for shot, picture in group]
                 for model in self.models:
                     self._measure(notes, model, group, noisy, noise)
         return notes.to_table(shots, earlier)
 
-    def _groups(self, shots: list[Shot]) -> Iterator[list[tuple[Shot, Picture]]]:
+    def _groups(self, shots: list[Shot], notes: Notes) -> Iterator[list[tuple[Shot, Picture]]]:
+        """Read the images, so many as are denoised together; one that has gone fails alone."""
         group: list[tuple[Shot, Picture]] = []
         pixels = 0
         for shot in shots:
-            picture = self.bench.read(shot)
+            try:
+                picture = self.bench.read(shot)
+            except (ImageError, StorageError) as error:
+                notes.rows[shot.name] = [self.bench.failed(shot, error)]
+                continue
             pixels += picture.clean.size // 3
             group.append((shot, picture))
             if pixels >= GROUP_PIXELS:
@@ -337,7 +358,7 @@ class RunModels:
         wanted, dropped = self.ends.offer((method, noise), result.psnr, shot.name)
         if dropped is not None:
             uri = self.plan.example("ends", Shot(dropped, ""), method=method, noise=noise)
-            storage_for(uri, self.plan.options).delete(uri)
+            self.bench.drop(uri)
         kinds = ["ends"] * wanted + ["shown"] * shot.shown
         if not kinds:
             return
