@@ -37,12 +37,12 @@ from denoise_core.evaluation.methods import (
     label_models,
 )
 from denoise_core.evaluation.page import data_uri
-from denoise_core.evaluation.publish import Collected, gallery_pairs, publish
+from denoise_core.evaluation.publish import Collected, gallery_pairs
 from denoise_core.evaluation.sources import Shot, find_shots, read_shot
 from denoise_core.lock import Lock
 from denoise_core.metrics import psnr
 from denoise_core.models.classical import CLASSICAL
-from denoise_core.pipelines.evaluate import Watcher, collect, run_evaluation
+from denoise_core.pipelines.evaluate import Watcher, _publish, collect, run_evaluation
 from denoise_core.pipelines.measuring import Notes, Plan, RunFilters, RunModels
 from denoise_core.storage import StorageOptions
 from jobs import evaluate
@@ -701,17 +701,7 @@ def evaluate_here(
     collected = Collected()
     for text in results["result"].to_pylist():
         collected.add(json.loads(text))
-    return publish(
-        collected,
-        out=made.output,
-        options=OPTIONS,
-        run_id="run",
-        settings={"protocol": made.protocol, "data": list(made.data)},
-        models=list(plan.models),
-        filters=list(plan.filters),
-        noises=list(plan.noises),
-        shots=shots,
-    )
+    return _publish(plan, shots, collected, Watcher()).summary
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -932,14 +922,32 @@ def test_a_model_that_gives_nan_fails_by_a_row(tmp_path: Path):
     assert (entry["images"], entry["psnr"]["mean"]) == (0, None)
 
 
-def test_noise_that_takes_no_such_image_fails_that_image_alone(tmp_path: Path):
+def test_noise_that_takes_no_such_image_fails_by_a_row_and_leaves_the_others(tmp_path: Path):
     write_png(tmp_path / "a.png", clean_picture(30, 30))
     np.save(tmp_path / "b.npy", np.zeros((30, 30, 5), np.uint8))
     made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
-    summary = evaluate_here(made, [FakeModel("m", 0.1)], ["gaussian:25", "jpeg:50"])
+    noises = ["gaussian:25", "jpeg:50", "jpeg:30"]
+    summary = evaluate_here(made, [FakeModel("m", 0.1)], noises)
     assert summary["images"] == {"total": 2, "ok": 1, "failed": 1}
-    (failed,) = (row for row in rows_of(tmp_path / "out") if row["status"] == "failed")
-    assert "the noise jpeg takes images of 1 or 3 channels, not of 5" in failed["error_message"]
+    rows = [row for row in rows_of(tmp_path / "out") if row["image"] == "b.npy"]
+    told = {(row["noise"], row["method"]): row["error_message"] for row in rows}
+    for noise in noises[1:]:
+        message = told.pop((noise, None))
+        assert "the noise jpeg takes images of 1 or 3 channels, not of 5" in message
+    assert told == {("gaussian:25", "identity"): None, ("gaussian:25", "m"): None}
+    counts = {(each["noise"], each["method"]): each["images"] for each in summary["results"]}
+    assert counts == {(n, m): 2 - (n != "gaussian:25") for n in noises for m in ("identity", "m")}
+
+
+def test_noise_that_takes_no_image_at_all_ends_only_an_evaluation_of_nothing_else(tmp_path: Path):
+    np.save(tmp_path / "b.npy", np.zeros((30, 30, 5), np.uint8))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
+    models = [FakeModel("m", 0.1)]
+    summary = evaluate_here(made, models, ["jpeg:50", "gaussian:25"])
+    assert summary["images"] == {"total": 1, "ok": 0, "failed": 1}
+    assert [each["images"] for each in summary["results"]] == [0, 0, 1, 1]
+    with pytest.raises(RunFailed, match=r"none of the 1 image\(s\) could be used; .* jpeg takes"):
+        evaluate_here(made, models, ["jpeg:50", "jpeg:30"])
 
 
 def test_a_filter_that_gives_nan_fails_by_a_row_of_its_own(

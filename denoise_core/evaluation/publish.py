@@ -129,7 +129,8 @@ def publish(
         collected=collected,
     )
     drawn = list(draw(report))
-    unusable = [row for row in collected.failures if row.get("method") is None]
+    # Also those that some noise does not suit, which may have several rows.
+    unusable = {row["image"] for row in collected.failures if row.get("method") is None}
     summary = {
         "schema_version": SUMMARY_VERSION,
         "program_version": __version__,

@@ -1,8 +1,8 @@
 """The rows of an evaluation: one for each image, method and noise, as Parquet.
 
 An image that could not be used has one row, with status 'failed' and neither method nor noise,
-beside those of the filters where it could not be read again for the models; a method that failed
-on an image has a failed row of its own.
+beside those of the filters where it could not be read again for the models; a noise that does not
+suit it has one failed row without a method, and a method that failed on it one of its own.
 """
 
 from __future__ import annotations

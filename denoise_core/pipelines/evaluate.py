@@ -238,9 +238,8 @@ def build_dataset(plan: Plan, shots: list[Shot], watcher: Watcher) -> Any:
 
 
 def _publish(plan: Plan, shots: list[Shot], collected: Collected, watcher: Watcher) -> Outcome:
-    failures = [row for row in collected.failures if row.get("method") is None]
-    if len(failures) == len(shots):
-        first = failures[0]
+    if not collected.histograms:  # one for each noise and method that has a result
+        first = collected.failures[0]
         raise RunFailed(
             f"none of the {len(shots)} image(s) could be used; the first: {first['error_message']}"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,9 +168,13 @@ class Notes:
 
     def add(self, row: Facts, histogram: Array) -> None:
         """Take one result."""
-        self.rows.setdefault(row["image"], []).append(row)
+        self.add_row(row)
         key = (row["method"], row["noise"])
         self.histograms[key] = self.histograms.get(key, np.zeros(BINS, np.int64)) + histogram
+
+    def add_row(self, row: Facts) -> None:
+        """Take a row that has no result, or whose result is taken."""
+        self.rows.setdefault(row["image"], []).append(row)
 
     def to_table(self, shots: list[Shot], earlier: list[str]) -> pa.Table:
         """Return a row for each shot; the first one carries what belongs to the batch."""
@@ -195,8 +199,8 @@ def _shots(table: pa.Table) -> list[Shot]:
 
 
 def _is_whole_failure(row: Facts) -> bool:
-    """Whether a row says that an image cannot be used, not that one method failed on it."""
-    return row["status"] == "failed" and row.get("method") is None
+    """Whether a row says that an image cannot be used, not that one noise or method failed."""
+    return row["status"] == "failed" and row.get("method") is None and row.get("noise") is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,30 +216,35 @@ class RunFilters:
         for shot in shots:
             try:
                 picture = bench.read(shot)
-                for noise in self.plan.noises:
-                    self._measure(bench, notes, shot, picture, noise)
             except (ImageError, StorageError) as error:
-                notes.rows[shot.name] = [bench.failed(shot, error)]
+                notes.add_row(bench.failed(shot, error))
+                continue
+            for noise in self.plan.noises:
+                self._measure(bench, notes, shot, picture, noise)
         return notes.to_table(shots, table["result"].to_pylist())
 
     def _measure(
         self, bench: Bench, notes: Notes, shot: Shot, picture: Picture, noise: str
     ) -> None:
-        noisy = bench.noisy(shot, picture, noise)
-        sigma, source = sigma_for(noisy, noise)
+        try:
+            noisy = bench.noisy(shot, picture, noise)
+            sigma, source = sigma_for(noisy, noise)
+        except ImageError as error:
+            notes.add_row(bench.failed(shot, error, noise=noise))
+            return
         identity = np.nan
         for name in self.plan.filters:
             if name in SLOW and not shot.slow:
                 continue
-            started = time.perf_counter()
-            values = run_filter(name, noisy, sigma)
-            spent = (time.perf_counter() - started) * 1e3
             told: Facts = {"kind": "filter", "sigma": sigma, "sigma_source": source}
             told |= {"method": name, "noise": noise}
+            started = time.perf_counter()
             try:
+                values = run_filter(name, noisy, sigma)
+                spent = (time.perf_counter() - started) * 1e3
                 result = measure(values, picture.clean, picture.scale)
             except ImageError as error:
-                notes.rows.setdefault(shot.name, []).append(bench.failed(shot, error, **told))
+                notes.add_row(bench.failed(shot, error, **told))
                 continue
             identity = result.psnr if name == IDENTITY else identity
             row = bench.row(shot, picture, result, milliseconds=spent, **told)
@@ -274,9 +283,9 @@ class RunModels:
         ]
         for group in self._groups(readable, notes):
             for noise in self.plan.noises:
-                noisy = [self.bench.noisy(shot, picture, noise) for shot, picture in group]
-                for model in self.models:
-                    self._measure(notes, model, group, noisy, noise)
+                suited, noisy = self._suited(group, noise)
+                for model in self.models if suited else ():
+                    self._measure(notes, model, suited, noisy, noise)
         return notes.to_table(shots, earlier)
 
     def _groups(self, shots: list[Shot], notes: Notes) -> Iterator[list[tuple[Shot, Picture]]]:
@@ -287,7 +296,7 @@ class RunModels:
             try:
                 picture = self.bench.read(shot)
             except (ImageError, StorageError) as error:
-                notes.rows[shot.name] = [self.bench.failed(shot, error)]
+                notes.add_row(self.bench.failed(shot, error))
                 continue
             pixels += picture.clean.size // 3
             group.append((shot, picture))
@@ -296,6 +305,17 @@ class RunModels:
                 group, pixels = [], 0
         if group:
             yield group
+
+    def _suited(
+        self, group: list[tuple[Shot, Picture]], noise: str
+    ) -> tuple[list[tuple[Shot, Picture]], list[Array]]:
+        """Return the images that the noise takes, and them with it; the filters told of others."""
+        suited, noisy = [], []
+        for shot, picture in group:
+            with suppress(ImageError):
+                noisy.append(self.bench.noisy(shot, picture, noise))
+                suited.append((shot, picture))
+        return suited, noisy
 
     def _measure(
         self,
@@ -316,8 +336,7 @@ class RunModels:
             outputs = model.denoise(noisy)
         except ImageError as error:
             if len(group) == 1:
-                failed = self.bench.failed(group[0][0], error, **told)
-                notes.rows.setdefault(group[0][0].name, []).append(failed)
+                notes.add_row(self.bench.failed(group[0][0], error, **told))
                 return
             # Each alone, so that only the culprit fails.
             for pair, start in zip(group, noisy, strict=True):
@@ -328,8 +347,7 @@ class RunModels:
             try:
                 result = measure(values, picture.clean, picture.scale)
             except ImageError as error:
-                failed = self.bench.failed(shot, error, **told)
-                notes.rows.setdefault(shot.name, []).append(failed)
+                notes.add_row(self.bench.failed(shot, error, **told))
                 continue
             row = self.bench.row(shot, picture, result, milliseconds=spent, **told)
             notes.add(row, result.histogram)
