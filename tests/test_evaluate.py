@@ -849,6 +849,16 @@ def test_a_picture_too_large_for_webp_is_shown_as_png():
         assert data_uri(drawn).startswith(f"data:image/{kind};")
 
 
+def test_models_whose_long_paths_end_alike_have_pictures_of_their_own(tmp_path: Path):
+    write_png(tmp_path / "a.png", clean_picture(30, 30))
+    made = config(tmp_path, output=str(tmp_path / "out"), baselines=("none",))
+    models = [FakeModel(f"/{run}/{'x' * 60}/best", 0.1) for run in "ab"]
+    summary = evaluate_here(made, models, ["gaussian:25"])
+    drawn = [name for name in summary["pictures"] if "worst" in name]
+    assert len(set(drawn)) == 2
+    assert all((tmp_path / "out" / name).is_file() for name in drawn)
+
+
 def test_pairs_through_the_stages(tmp_path: Path):
     clean = clean_picture(40, 44)
     noisy = protocol.to_bytes(protocol.noisy_of(clean, 25))

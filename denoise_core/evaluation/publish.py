@@ -9,8 +9,8 @@ OUT/summary.json                        means, intervals, warnings, settings; wr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -182,7 +182,19 @@ def draw(report: Report) -> list[pictures.Drawn]:
     """Return all pictures, in the page's order."""
     found = [_curves(report), *_grids(report), *_side_by_side(report), *_ends(report)]
     found += [*_residuals(report), *_latents(report)]
-    return [picture for picture in found if picture is not None]
+    return list(_with_own_names(picture for picture in found if picture is not None))
+
+
+def _with_own_names(drawn: Iterable[pictures.Drawn]) -> Iterator[pictures.Drawn]:
+    """Number the pictures whose names, which are cut short, are those of others before them."""
+    taken: set[str] = set()
+    for picture in drawn:
+        name, number = picture.name, 1
+        while name in taken:
+            number += 1
+            name = f"{picture.name}-{number}"
+        taken.add(name)
+        yield replace(picture, name=name)
 
 
 def _curves(report: Report) -> pictures.Drawn | None:
