@@ -200,6 +200,12 @@ def test_equal_paths_below_two_folders_stay_apart(tmp_path: Path):
     assert [shot.name for shot in shots] == [str(tmp_path / f / "a.png") for f in "xy"]
 
 
+def test_an_image_that_several_data_name_is_taken_once(tmp_path: Path):
+    write_png(tmp_path / "x" / "a.png", clean_picture(16, 16))
+    shots = find_shots(config(tmp_path, tmp_path / "x", tmp_path / "x" / "a.png"), OPTIONS)
+    assert [shot.uri for shot in shots] == [str(tmp_path / "x" / "a.png")]
+
+
 @pytest.mark.parametrize("ending", ["ubyte", "ubyte.gz"])
 def test_idx_files_with_their_labels(tmp_path: Path, ending: str):
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 4))

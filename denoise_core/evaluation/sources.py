@@ -84,11 +84,14 @@ def find_shots(
     shown: int = 4,
     coded: int = 1000,
 ) -> list[Shot]:
-    """List the images of `config.data` by name. Raises UsageError where there is none to use.
+    """List the images of `config.data` by name, each once. Raises UsageError for none to use.
 
     `shown` and `coded` say how many, evenly spread, are marked as such.
     """
-    entries = sorted(_listed(config, options), key=lambda entry: (entry.path, entry.uri))
+    listed: dict[str, Entry] = {}
+    for entry in _listed(config, options):
+        listed.setdefault(entry.uri, entry)
+    entries = sorted(listed.values(), key=lambda entry: (entry.path, entry.uri))
     if config.paired and entries:
         shots = list(_paired(entries, config, options))
     else:
