@@ -25,7 +25,7 @@ from denoise_core.checkpoints import load_checkpoint
 from denoise_core.config import EvaluateConfig, TrainConfig
 from denoise_core.denoiser import Geometry
 from denoise_core.devices import NO_GPU
-from denoise_core.errors import ImageError, RunFailed, UnsupportedImage, UsageError
+from denoise_core.errors import ImageError, NonFiniteValues, RunFailed, UnsupportedImage, UsageError
 from denoise_core.evaluation import pictures, protocol, statistics
 from denoise_core.evaluation.examples import CROP, Ends, Example, cut_example
 from denoise_core.evaluation.methods import (
@@ -229,6 +229,17 @@ def test_idx_without_labels_and_what_is_none(tmp_path: Path):
     (tmp_path / "t-images-idx3-ubyte").write_bytes(damaged)
     with pytest.raises(UsageError, match="cannot be read as an IDX file"):
         find_shots(config(tmp_path), OPTIONS)
+
+
+def test_an_image_of_an_idx_file_that_is_not_finite_is_an_error_of_its_own(tmp_path: Path):
+    values = np.zeros((2, 4, 4), ">f4")
+    values[1, 2, 2] = np.nan
+    file = tmp_path / "t-images-idx3-float"
+    file.write_bytes(struct.pack(">4I", 0x0D03, *values.shape) + values.tobytes())
+    first, second = find_shots(config(tmp_path), OPTIONS)
+    assert read_shot(first, OPTIONS).clean.dtype == np.float32
+    with pytest.raises(NonFiniteValues, match="t-images-idx3-float#1: 1 of 16 values"):
+        read_shot(second, OPTIONS)
 
 
 def test_labels_that_are_not_one_for_each_image_are_left_out(tmp_path: Path):

@@ -31,6 +31,7 @@ from denoise_core.evaluation.protocol import Scale
 from denoise_core.idx import is_idx, labels_name, read_idx
 from denoise_core.images import MAX_PIXELS, data_range, decode, picture_of
 from denoise_core.images.codecs import SUFFIXES
+from denoise_core.images.types import check_finite
 from denoise_core.pairs import matched, no_images, refuse_unpaired, spread
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
 
@@ -246,6 +247,7 @@ def _read_idx_shot(shot: Shot, index: int, options: StorageOptions) -> Picture:
     images = _idx_array(shot.uri, options)
     pixels = np.ascontiguousarray(images[index])
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    check_finite(pixels, name=shot.name)
     low, high = data_range(pixels)
     picture = Picture(pixels, Scale(low, high, pixels.dtype.name))
     if shot.labels_uri is not None:
