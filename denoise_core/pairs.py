@@ -1,8 +1,6 @@
 """DATA of trainings and evaluations by names: `*_real.JPG` is noisy, `*_mean.JPG` its partner.
 
-noisy = matched(entries, "*_real.JPG", flag="noisy")
-clean = matched(entries, "*_mean.JPG", flag="clean")
-refuse_unpaired(noisy, clean)
+noisy, clean = find_pairs(entries, noisy="*_real.JPG", clean="*_mean.JPG")
 """
 
 from __future__ import annotations
@@ -35,20 +33,47 @@ def no_images(
     )
 
 
-def matched(entries: Iterable[Entry], pattern: str, *, flag: str) -> dict[str, Entry]:
-    """Return what '*' stands for -> entry, of the entries whose relative path fits the pattern.
+def find_pairs(
+    entries: Sequence[Entry], *, noisy: str, clean: str
+) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """Return the noisy and the clean entries of equal keys, which are what '*' stands for.
 
-    A pattern without a folder fits the file's name in any folder. Raises UsageError where two files
-    stand for the same, or none fits.
+    A pattern without a folder fits the file's name in any folder. A file that fits both patterns
+    belongs to the longer one: of `a.png` and `a_clean.png`, '*.png' is the first alone where
+    '*_clean.png' names the other. Raises UsageError where that does not decide, two files stand
+    for the same, none fits, or one has no partner.
     """
+    both = {e.uri for e in entries if None not in (_key(e.path, noisy), _key(e.path, clean))}
+    if both and len(noisy) == len(clean):
+        raise UsageError(
+            f"{min(both)} fits both --noisy {noisy!r} and --clean {clean!r}; state more of the "
+            "names in one of them."
+        )
+    rest = [entry for entry in entries if entry.uri not in both]
+    found = (
+        _matched(rest if len(noisy) < len(clean) else entries, noisy, flag="noisy"),
+        _matched(rest if len(clean) < len(noisy) else entries, clean, flag="clean"),
+    )
+    refuse_unpaired(*found)
+    return found
+
+
+def _key(path: str, pattern: str) -> str | None:
+    """Return what '*' stands for, after the folder where the pattern has none; None: no fit."""
     before, _, after = pattern.partition("*")
+    folder, name = ("", path) if "/" in pattern else posixpath.split(path)
+    fits = name.startswith(before) and name.endswith(after)
+    if not fits or len(name) < len(before) + len(after):
+        return None
+    return posixpath.join(folder, name[len(before) : len(name) - len(after)])
+
+
+def _matched(entries: Iterable[Entry], pattern: str, *, flag: str) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for entry in entries:
-        folder, name = ("", entry.path) if "/" in pattern else posixpath.split(entry.path)
-        fits = name.startswith(before) and name.endswith(after)
-        if not fits or len(name) < len(before) + len(after):
+        key = _key(entry.path, pattern)
+        if key is None:
             continue
-        key = posixpath.join(folder, name[len(before) : len(name) - len(after)])
         if key in found:
             raise UsageError(
                 f"--{flag} {pattern!r}: {found[key].uri} and {entry.uri} both stand for {key!r}; "

@@ -32,7 +32,7 @@ from denoise_core.idx import is_idx, read_idx
 from denoise_core.images import data_range, decode, picture_of, read_header
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.noise import Noise, parse_noise
-from denoise_core.pairs import matched, no_images, refuse_unpaired, spread
+from denoise_core.pairs import find_pairs, no_images, spread
 from denoise_core.presets import Preset
 from denoise_core.self_supervised import blind_spots, draw_neighbours, pick
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
@@ -184,9 +184,7 @@ def find_pictures(data: Sequence[str], config: TrainConfig) -> list[Picture]:
         listed.setdefault(entry.uri, entry)
     entries = sorted(listed.values(), key=lambda entry: (entry.path, entry.uri))
     if config.noisy is not None and entries:
-        noisy = matched(entries, config.noisy, flag="noisy")
-        clean = matched(entries, config.clean or "", flag="clean")
-        refuse_unpaired(noisy, clean)
+        noisy, clean = find_pairs(entries, noisy=config.noisy, clean=config.clean or "")
         pictures = [
             Picture(noisy[key].uri, clean_uri=clean[key].uri, path=noisy[key].path)
             for key in sorted(noisy)

@@ -263,6 +263,17 @@ def test_pairs_by_pattern_in_one_folder(tmp_path: Path):
     np.testing.assert_allclose(pair.noisy * 255, clean_picture(20, 24, seed=0), atol=1e-3)
 
 
+def test_a_file_that_fits_both_patterns_belongs_to_the_one_that_states_more(tmp_path: Path):
+    write_pairs(tmp_path, ["a.png", "a_clean.png", "b.png", "b_clean.png"])
+    shots = find_shots(config(tmp_path, noisy="*.png", clean="*_clean.png"), OPTIONS)
+    assert [shot.name for shot in shots] == ["a.png", "b.png"]
+    assert [shot.uri for shot in shots] == [str(tmp_path / f"{name}_clean.png") for name in "ab"]
+    shots = find_shots(config(tmp_path, noisy="*_clean.png", clean="*.png"), OPTIONS)
+    assert [shot.name for shot in shots] == ["a_clean.png", "b_clean.png"]
+    with pytest.raises(UsageError, match=r"a\.png fits both --noisy '\*\.png' and --clean"):
+        find_shots(config(tmp_path, noisy="*.png", clean="*.png"), OPTIONS)
+
+
 def test_two_noisy_images_of_one_reference_are_refused(tmp_path: Path):
     for folder in ("clean", "n15", "n25"):
         write_pairs(tmp_path, [f"{folder}/a.png", f"{folder}/b.png"])

@@ -32,7 +32,7 @@ from denoise_core.idx import is_idx, labels_name, read_idx
 from denoise_core.images import MAX_PIXELS, data_range, decode, picture_of
 from denoise_core.images.codecs import SUFFIXES
 from denoise_core.images.types import check_finite
-from denoise_core.pairs import matched, no_images, refuse_unpaired, spread
+from denoise_core.pairs import find_pairs, no_images, refuse_unpaired, spread
 from denoise_core.storage import Entry, StorageOptions, expand, is_bundle, storage_for
 
 Array = npt.NDArray[Any]
@@ -188,10 +188,9 @@ def _paired(
             clean = {entry.path: entry for entry in found if entry.path in noisy}
         except ObjectNotFound as error:
             raise UsageError(f"--reference {error}") from error
+        refuse_unpaired(noisy, clean)
     else:
-        noisy = matched(entries, config.noisy or "", flag="noisy")
-        clean = matched(entries, config.clean or "", flag="clean")
-    refuse_unpaired(noisy, clean)
+        noisy, clean = find_pairs(entries, noisy=config.noisy or "", clean=config.clean or "")
     for key in sorted(noisy):
         yield Shot(noisy[key].path, clean[key].uri, noisy_uri=noisy[key].uri)
 
