@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -98,8 +99,9 @@ class Display:
                 f"most {self.exported['difference']:.1e}."
             )
         figures = f", {figure_text(row)} at step {row['step']}" if row else ""
+        model = shlex.quote(best)
         click.echo(
-            f"Done{figures}. Use it with: python -m jobs.denoise INPUT --output OUT --model {best}"
+            f"Done{figures}. Use it with: python -m jobs.denoise INPUT --output OUT --model {model}"
         )
 
     def figures_of(self, best: str) -> dict[str, Any]:

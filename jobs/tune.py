@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -108,8 +109,8 @@ def print_end(trials: Sequence[Trial], search: Search) -> None:
     output = search.config.output
     for name in ("trials.csv", "tune.png", "best.toml"):
         click.echo(f"  {output}/{name}")
-    data = " ".join(search.config.data)
-    command = search.training_command(best, data=data, settings=f"{output}/best.toml")
+    data, settings = shlex.join(search.config.data), shlex.quote(f"{output}/best.toml")
+    command = search.training_command(best, data=data, settings=settings)
     click.echo(f"Train with them: {command}")
 
 

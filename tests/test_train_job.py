@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import threading
@@ -364,13 +365,16 @@ def test_a_training_whose_output_another_took_over_is_ended(monkeypatch):
 def test_the_last_line_has_the_figures_of_a_best_model_from_before(tmp_path, capsys, psnr, text):
     figures = {"validation_loss": 0.0125, "validation_psnr": psnr}
     card = {"training": {"steps": 40}, "figures": figures}
-    (tmp_path / "model.json").write_text(json.dumps(card))
+    best = tmp_path / "my best"
+    best.mkdir()
+    (best / "model.json").write_text(json.dumps(card))
     for progress in ("plain", "json"):
         settings = TrainConfig(data=("in",), output="out", progress=progress)
-        Display(settings).finish(str(tmp_path))
+        Display(settings).finish(str(best))
     plain, line = capsys.readouterr().out.splitlines()
     assert plain.startswith(f"Done, {text} at step 40. Use it with: ")
-    done = {"step": 40, "val_loss": 0.0125, "psnr": psnr, "model": str(tmp_path)}
+    assert shlex.split(plain)[-2:] == ["--model", str(best)]
+    done = {"step": 40, "val_loss": 0.0125, "psnr": psnr, "model": str(best)}
     assert json.loads(line) == {"done": done}
 
 

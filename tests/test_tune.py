@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shlex
 import signal
 import time
 import tomllib
@@ -612,6 +613,10 @@ def test_the_command_states_a_length_where_the_preset_has_none(
     print_end([best], search)
     assert f"--output RUN --config {tmp_path}/out/best.toml{length}" in capsys.readouterr().out
     assert f"--config THIS_FILE{length}" in _notes(search, best, None)
+    (tmp_path / "my runs").mkdir()
+    print_end([best], plan(data, tmp_path / "my runs"))
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[command.index("--config") + 1] == f"{tmp_path}/my runs/out/best.toml"
 
 
 @pytest.mark.parametrize(
