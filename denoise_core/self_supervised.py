@@ -78,7 +78,8 @@ def blind_spots(
     """
     height, width = noisy.shape[:2]
     count = max(1, round(share * height * width))
-    y, x = rng.integers(height, size=count), rng.integers(width, size=count)
+    # No pixel twice: all crops hide as many, so that a mean over some of them counts all alike.
+    y, x = np.divmod(rng.choice(height * width, size=count, replace=False), width)
     steps = rng.integers(-reach, reach + 1, (2, count))
     # A pixel may not stand in for itself.
     steps[0] += np.where((steps == 0).all(axis=0), 1, 0)

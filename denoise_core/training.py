@@ -426,7 +426,7 @@ class Trainer:
 
     def _compiled(self, tf: Any) -> bool:
         """Return whether XLA compiles the gradients."""
-        # XLA was seen to compile batch normalisations of two workers on CPUs; not tried on GPUs.
+        # Batch normalisations of several workers sum over them, outside of what XLA compiles.
         if not self.preset.xla or (self.config.workers > 1 and _has_state(self.model)):
             return False
         # On CPUs XLA computes bfloat16 no faster than float32; oneDNN, without it, in 2/3 the time.
@@ -451,12 +451,14 @@ class Trainer:
                 return blind_spots_loss(predict(noisy), clean, loss=loss)
             return tf.reduce_mean(loss(predict(noisy), clean))
 
-        @tf.function(jit_compile=self._compiled(tf))
         def gradients(noisy: Any, clean: Any, squared: Any, fraction: Any) -> Any:
             with tf.GradientTape() as tape:
                 # Divided by the global batch: `summed` adds up the replicas.
                 loss = loss_of(noisy, clean, squared, fraction) / replicas
             return loss, tape.gradient(loss, model.trainable_variables)
+
+        if self._compiled(tf):
+            gradients = tf.function(gradients, jit_compile=True)
 
         def summed(grads: Any) -> Any:
             """Sum over all replicas and bound the sum's norm, the same whatever their number."""
@@ -465,23 +467,10 @@ class Trainer:
                 grads = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
             return tf.clip_by_global_norm(grads, bound)[0] if bound else grads
 
-        def even_out() -> None:
-            """Average the statistics of batch normalisations; Keras leaves each replica its own."""
-            statistics = model.non_trainable_weights
-            if replicas == 1 or not statistics:
-                return
-            context = tf.distribute.get_replica_context()
-            # Copies, since a variable's own value has no device for the sum to go to.
-            mine = [tf.identity(variable.value) for variable in statistics]
-            means = context.all_reduce(tf.distribute.ReduceOp.MEAN, mine)
-            for variable, mean in zip(statistics, means, strict=True):
-                variable.assign(mean)
-
         @tf.function
         def step(noisy: Any, clean: Any, rate: Any, squared: Any, fraction: Any) -> Any:
             def replica() -> Any:
                 loss, grads = gradients(noisy, clean, squared, fraction)
-                even_out()
                 return loss, summed(grads)
 
             loss, grads = strategy.run(replica)

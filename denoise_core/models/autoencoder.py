@@ -30,13 +30,19 @@ def build(
     activation, 'sigmoid' or 'linear'. The layer `latent` holds the code.
     """
     import keras
+    import tensorflow as tf
     from keras import layers
 
     if up not in UPS:
         raise ValueError(f"up is {up!r}: expected one of {', '.join(UPS)}")
 
+    # Several replicas normalise by the statistics of all their images, as one would.
+    several = tf.distribute.get_strategy().num_replicas_in_sync > 1
+
     def activate(x: Any) -> Any:
-        return layers.ReLU()(layers.BatchNormalization(momentum=BN_MOMENTUM)(x) if norm else x)
+        if norm:
+            x = layers.BatchNormalization(momentum=BN_MOMENTUM, synchronized=several)(x)
+        return layers.ReLU()(x)
 
     noisy = x = keras.Input((None, None, channels), name="noisy")
     for width in widths:

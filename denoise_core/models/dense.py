@@ -29,7 +29,7 @@ def build(
     noisy = x = keras.Input((*size, channels), name="noisy")
     for width in widths:
         x = layers.Conv2D(width, 3, strides=2, padding="same", activation="relu")(x)
-    x = layers.Flatten()(layers.Dropout(dropout)(x))
+    x = layers.Flatten()(_dropout(dropout)(x))
     x = layers.Dense(latent, name="latent")(x)
     x = layers.Dense(cells[0] * cells[1] * widths[-1], activation="relu")(x)
     x = layers.Reshape((*cells, widths[-1]))(x)
@@ -38,6 +38,28 @@ def build(
     x = layers.Conv2DTranspose(channels, 3, strides=2, padding="same")(x)
     denoised = layers.Activation("sigmoid", dtype="float32", name="denoised")(x)
     return keras.Model(noisy, denoised, name="dense")
+
+
+def _dropout(rate: float) -> Any:
+    """Return a dropout that drops the same of an image, however many replicas share the batch.
+
+    Each replica draws for the whole batch, all alike, and takes its own part.
+    """
+    import tensorflow as tf
+    from keras import layers
+
+    class Dropout(layers.Dropout):
+        def call(self, inputs: Any, training: bool = False) -> Any:
+            context = tf.distribute.get_replica_context()
+            replicas = context.num_replicas_in_sync if context else 1
+            if not training or replicas == 1:
+                return super().call(inputs, training=training)
+            whole = super().call(tf.concat([inputs] * replicas, axis=0), training=True)
+            count = tf.shape(inputs)[0]
+            first = context.replica_id_in_sync_group * count
+            return whole[first : first + count]
+
+    return Dropout(rate)
 
 
 def input_size(*, size: Sequence[int] = (28, 28), **_: Any) -> tuple[int, int]:
