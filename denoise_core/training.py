@@ -7,6 +7,7 @@ With the same global batch, seed and data one worker and two follow the same cur
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -66,7 +67,8 @@ HISTORY = "history.csv"
 SETTINGS = "train.json"
 # What `--resume` takes as it was: the task, so that losses compare, and the network. All else may
 # change: the length, the machine, what helps a training that diverged. So may DATA, which may
-# have moved: what is held out is chosen by the paths below it.
+# have moved: what is held out is chosen by the paths below it. Where that changes all the same, a
+# state tells, and the best loss is looked for anew.
 TASK = (
     *("preset", "arguments", "noise", "noisy", "clean", "self_supervised", "validation"),
     *("validation_data", "seed", "grey", "augment", "crop", "loss", "optimizer", "ema"),
@@ -675,15 +677,25 @@ class Trainer:
         arrays |= {f"s{i:04d}": v.numpy() for i, v in enumerate(_seeds(self.model))}
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "state.npz", **arrays)
-        (folder / "progress.json").write_text(json.dumps(asdict(self.progress)))
+        progress = {**asdict(self.progress), "held_out": self._held_out_hash()}
+        (folder / "progress.json").write_text(json.dumps(progress))
 
-    def load_state(self, folder: Path) -> None:
+    def load_state(self, folder: Path) -> bool:
         """Take up weights, averages, optimizer and progress, or none of them.
 
-        Raises CheckpointError.
+        Returns whether its losses were over other held-out images: then the best loss and the waits
+        for a better one begin anew. Raises CheckpointError.
         """
         try:
-            progress = Progress(**json.loads((folder / "progress.json").read_text()))
+            told = dict(json.loads((folder / "progress.json").read_text()))
+            # Earlier versions did not tell; their images are taken to be the same.
+            mine = self._held_out_hash()
+            other_images = told.pop("held_out", mine) != mine
+            progress = Progress(**told)
+            if other_images:
+                fresh = Progress()
+                for name in ("best_loss", "best_psnr", "waited", "waited_rate"):
+                    setattr(progress, name, getattr(fresh, name))
             with np.load(folder / "state.npz", allow_pickle=False) as arrays:
                 parts = {
                     kind: [arrays[name] for name in sorted(arrays.files) if name[0] == kind]
@@ -707,6 +719,14 @@ class Trainer:
             raise CheckpointError(
                 f"{folder}: no checkpoint of this preset can be read there ({error})."
             ) from error
+        return other_images
+
+    def _held_out_hash(self) -> str:
+        """Hash the targets of the held-out pairs, wherever their images lie."""
+        digest = hashlib.sha256()
+        for _, target in self.held_out:
+            digest.update(str(target.shape).encode() + target.tobytes())
+        return digest.hexdigest()
 
 
 class _Clock:

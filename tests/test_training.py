@@ -1027,6 +1027,20 @@ def test_a_run_that_stopped_early_goes_on_where_it_may_wait_longer(data, tmp_pat
         assert other.progress.stopped is stopped
 
 
+def test_losses_over_other_held_out_images_are_not_compared(folder, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    trainer = Trainer(config(), TINY, index(folder))
+    trainer.progress = Progress(step=4, best_loss=0.1, best_psnr=30.0, waited=3, waited_rate=2)
+    trainer.save_state(tmp_path)
+    for held, others in ((None, False), (moved / "0.png", True)):
+        named = {} if held is None else {"validation_data": (str(held),)}
+        settings = config(early_stop=3, **named)
+        resumed = Trainer(settings, TINY, index(moved, **named))
+        assert resumed.load_state(tmp_path) is others
+        expected = Progress(step=4) if others else replace(trainer.progress, stopped=False)
+        assert resumed.progress == expected
+
+
 def begun(folder, output, **settings) -> None:
     """Leave what a training with these settings leaves in its output."""
     plan = prepare(config(data=(str(folder),), output=str(output), **settings), TINY)

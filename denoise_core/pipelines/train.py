@@ -403,7 +403,9 @@ def take_up(trainer: Trainer, last: ray.train.Checkpoint | None, *, mail: Queue)
     config, files = trainer.config, RunFiles(trainer.config)
     if last is not None:
         with last.as_directory() as folder:
-            trainer.load_state(Path(folder))
+            other_images = trainer.load_state(Path(folder))
+        if other_images and trainer.rank == 0:
+            mail.put({"note": "--resume: other images are held out now; best/ is chosen anew."})
     if trainer.rank != 0:
         return
     if last is None and config.resume:
