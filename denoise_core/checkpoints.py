@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,20 +324,12 @@ def save_checkpoint(
     """
     from safetensors.numpy import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{i:04d}": np.ascontiguousarray(w, dtype=dtype) for i, w in enumerate(weights)}
     data = save(tensors)
     card = {"card_version": CARD_VERSION, **card, "sha256": hashlib.sha256(data).hexdigest()}
     weights_path = folder / f"{name}.safetensors"
-    _replace(weights_path, data)
-    _replace(weights_path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    text = json.dumps(card, indent=1) + "\n"
+    storage = LocalStorage()
+    storage.write(str(weights_path), data)
+    storage.write(str(weights_path.with_suffix(".json")), text.encode())
     return Checkpoint(card.get("name", name), weights_path, card)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

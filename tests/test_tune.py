@@ -19,10 +19,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from ray import tune as ray_tune
 from tiny_training import TINY, kill_all, start_tiny
 
 from denoise_core.config import TrainConfig, TuneConfig
-from denoise_core.errors import OutputLocked, RunFailed, UsageError
+from denoise_core.errors import OutputLocked, RunFailed, StorageError, UsageError
 from denoise_core.lock import Lock, output_lock
 from denoise_core.presets import PRESETS, Preset
 from denoise_core.space import (
@@ -428,6 +429,26 @@ def test_the_board_follows_the_events_of_a_search_and_outlives_it(tmp_path):
     assert [event for event, _ in heard].count("validated") == 2
     assert [number for event, number in heard if event == "ended"] == [0, 2, 3, 1]
     assert board_of(tmp_path)[0].left == [0, 1, 2, 3]
+
+
+def test_an_output_that_cannot_be_written_gets_a_sentence(tiny, data, tmp_path, monkeypatch):
+    from denoise_core.pipelines import tune
+
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(StorageError, match=str(blocked)):
+        tune.run_search(plan(data, tmp_path, output=str(blocked)), show=print)
+    board, _ = board_of(blocked)
+
+    def fit():
+        try:
+            tune.Messenger().on_trial_result(0, [], Tuned(0), {})
+        except Exception as error:
+            raise ray_tune.TuneError("as Ray Tune says it") from error
+
+    monkeypatch.setattr(tune, "_tuner", lambda *_: SimpleNamespace(fit=fit))
+    with tune._heard_by(board), pytest.raises(StorageError, match=str(blocked)):
+        tune._fit(None, board, blocked)
 
 
 class Counter:

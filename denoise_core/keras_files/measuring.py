@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ import numpy as np
 
 from denoise_core.config import parse_data_range
 from denoise_core.devices import configure_tensorflow
-from denoise_core.errors import CheckpointError
+from denoise_core.errors import CheckpointError, StorageError
 from denoise_core.keras_files.loading import load_model
 from denoise_core.keras_files.reading import Description, describe
 from denoise_core.keras_files.receptive import Receptive, measure, smooth_picture
-from denoise_core.storage import cache_folder
+from denoise_core.storage import LocalStorage, cache_folder
 from denoise_core.tiling import round_up
 
 # A new way of measuring makes earlier figures void.
@@ -93,13 +94,8 @@ def _figures(data: bytes) -> Figures:
 
 def _keep(path: Path, figures: Figures) -> None:
     """Write the figures for later runs; a home that cannot be written costs them only time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(figures))
-        temporary.replace(path)
-    except OSError:
-        return
+    with suppress(StorageError):
+        LocalStorage().write(str(path), json.dumps(figures).encode())
 
 
 def measure_file(path: Path, bounds: tuple[float, float]) -> Figures:

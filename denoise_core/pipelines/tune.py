@@ -158,7 +158,6 @@ def run_search(search: Search, *, show: Show) -> list[Trial]:
     where no trial came to its end or another search took the output over.
     """
     output = Path(search.shared.config.output)
-    output.mkdir(parents=True, exist_ok=True)
     with output_lock(LocalStorage(), str(output), run_id=new_run_id()) as lock:
         _write(output / SEARCH, (json.dumps(_identity(search), indent=1) + "\n").encode())
         board = Board(search, output, show, lock)
@@ -219,9 +218,19 @@ def _fit(search: Search, board: Board, output: Path) -> None:
     try:
         _tuner(search, board, output).fit()
     except (ray.exceptions.RayError, tune.TuneError) as error:
+        _raise_told(error)
         raise RunFailed(
             f"Ray ended before the search did ({type(error).__name__}). Go on with --resume."
         ) from error
+
+
+def _raise_told(error: BaseException) -> None:
+    """Raise what the board could not do, where Tune's error stands for that."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, DenoiseError):
+            raise inner from None
+        inner = inner.__cause__ or inner.__context__
 
 
 def _publish(search: Search, trials: list[Trial], output: Path) -> None:
@@ -255,9 +264,7 @@ def _notes(search: Search, best: Trial, baseline: Trial | None) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    LocalStorage().write(str(path), data)
 
 
 def _tuner(search: Search, board: Board, output: Path) -> tune.Tuner:
