@@ -514,6 +514,7 @@ class TrainConfig:
         for name in ("warmup_steps", "max_failures", "weight_decay", "seed"):
             value, flag = getattr(self, name), name.replace("_", "-")
             require(value is None or 0 <= value < math.inf, f"--{flag}: expected a number from 0.")
+        require(self.seed < 2**32, f"--seed {self.seed}: expected a number below {2**32}.")
         require(
             self.gpus_per_worker is None or 0 <= self.gpus_per_worker <= 1,
             f"--gpus-per-worker {self.gpus_per_worker}: expected 0 to 1, since a worker trains on "
@@ -565,6 +566,10 @@ class TuneConfig:
     validation_data: tuple[str, ...] = setting(
         (), "Images to validate on, instead of a share.", metavar="DATA...", many=True
     )
+    crop: int | None = setting(
+        None, "Side of the crops in pixels, where the space has none.", metavar="N"
+    )
+    batch: int | None = setting(None, "Crops of one step, where the space has none.", metavar="N")
     steps: int | None = setting(None, "Length of a trial in optimizer steps.", metavar="N")
     epochs: float | None = setting(None, "Length as passes over the images.", metavar="N")
     hours: float | None = setting(None, "Length in hours.", metavar="H")
@@ -607,7 +612,12 @@ class TuneConfig:
             "GPU.",
         )
         parse_auto_int(self.concurrent, name="concurrent", words=("auto",), low=1)
-        self.training()
+        shared = self.training()
+        require(
+            self.validation_noise is None or shared.mode == "clean",
+            f"--validation-noise {self.validation_noise}: trials on pairs are compared on the "
+            "held-out pairs as they are; leave it out.",
+        )
 
     def training(self) -> TrainConfig:
         """Return the settings that all trials share. Raises UsageError."""

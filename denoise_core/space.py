@@ -26,6 +26,7 @@ import numpy as np
 from denoise_core.config import TrainConfig, nearest, require
 from denoise_core.errors import UsageError
 from denoise_core.models import architecture, input_size
+from denoise_core.models.autoencoder import UPS
 from denoise_core.presets import Preset
 
 TRAINING = (
@@ -54,6 +55,8 @@ TOLD = (
     "self_supervised",
     "validation",
     "validation_data",
+    "crop",
+    "batch",
     "precision",
     "seed",
     "s3_endpoint",
@@ -183,6 +186,8 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, list) and all(type(each) is int and each > 0 for each in v),
         "a list of whole numbers above 0",
     ),
+    "latent": (lambda v: type(v) is int and v > 0, "a whole number from 1"),
+    "up": (lambda v: v in UPS, f"one of {', '.join(UPS)}"),
     tuple: (
         lambda v: isinstance(v, list) and all(type(each) is int and each >= 0 for each in v),
         "a list of whole numbers",

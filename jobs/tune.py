@@ -36,7 +36,7 @@ def run(config: TuneConfig) -> int:
     search = plan_search(config)
     fewer = "" if len(search.trials) == config.trials else ", all that the space has"
     click.echo(
-        f"{len(search.trials)} trials{fewer}, compared by PSNR on {search.validation_noise}; "
+        f"{len(search.trials)} trials{fewer}, compared by PSNR on {search.compared_on}; "
         "trial 0 is the preset as it is."
     )
     start_ray()

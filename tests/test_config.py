@@ -99,6 +99,7 @@ def test_what_denoise_cannot_use_is_refused_by_its_flag(settings):
         {"learning_rate": 0.0},
         {"learning_rate": math.inf},
         {"seed": -1},
+        {"seed": 2**32},
         {"validate_minutes": 0.0},
         {"validate_steps": 0},
         {"checkpoint_minutes": -1.0},

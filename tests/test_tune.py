@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import time
 import tomllib
@@ -226,6 +227,12 @@ def test_arguments_of_the_architecture_on_the_command_line():
     ):
         with pytest.raises(UsageError, match=sentence):
             with_arguments(UNET, [text])
+    for preset, text, sentence in (
+        ("mnist-latent16", "latent=0", "latent = 0: expected a whole number from 1"),
+        ("mnist-conv", 'up="down"', "expected one of upsample, transposed"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            with_arguments(PRESETS[preset], [text])
 
 
 def trained_by(text: str, folder: Path) -> TrainConfig:
@@ -267,6 +274,7 @@ def test_the_preset_as_it_is_needs_no_arguments():
         {"noise": ("poisson:30", "gaussian:5-20+clip"), "validation": 0.2, "seed": 4},
         {"noisy": "n/*.png", "clean": 'c/"*.png', "precision": "float32"},
         {"self_supervised": "noise2void", "validation_data": ("/a b", "s3://held/out")},
+        {"crop": 32, "batch": 4},
     ],
 )
 def test_the_best_settings_keep_what_the_search_was_told_of_its_data(tmp_path, told):
@@ -621,6 +629,28 @@ def test_every_trial_validates_eight_times_on_one_noise(tiny, data, tmp_path):
     other = plan(data, tmp_path, text, validation_noise="gaussian:15", steps=None, hours=0.8)
     assert other.plan(1).preset.validation_noise == "gaussian:15"
     assert other.plan(1).config.validate_minutes == pytest.approx(6.0)
+
+
+def test_trials_on_pairs_are_compared_on_the_held_out_pairs(tiny, data, tmp_path):
+    from denoise_core.pipelines.tune import _notes
+
+    for path in data.iterdir():
+        for kind in ("real", "mean"):
+            (tmp_path / "pairs" / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "pairs" / kind / path.name)
+    patterns = {"noisy": "real/*.png", "clean": "mean/*.png"}
+    search = plan(tmp_path / "pairs", tmp_path, **patterns)
+    assert search.compared_on == "the held-out pairs"
+    assert "30.00 dB on the held-out pairs after" in _notes(search, trial(1, 30.0), None)
+    assert plan(data, tmp_path).compared_on == "gaussian:0-55"
+    with pytest.raises(UsageError, match="trials on pairs are compared on the held-out"):
+        plan(tmp_path / "pairs", tmp_path, validation_noise="camera", **patterns)
+
+
+def test_all_trials_may_have_other_crops_and_batches_than_the_preset(tiny, data, tmp_path):
+    search = plan(data, tmp_path, "batch = [2]", crop=8, batch=6)
+    stages = [search.plan(number).preset.stages for number in range(2)]
+    assert [{(s.crop, s.batch) for s in each} for each in stages] == [{(8, 6)}, {(8, 2)}]
 
 
 @pytest.mark.parametrize(("epochs", "length"), [(None, " --steps 24\n"), (5, "\n")])

@@ -63,6 +63,12 @@ class Search:
     base: Preset
     validation_noise: str
 
+    @property
+    def compared_on(self) -> str:
+        """What the PSNR of all trials is of: the noise, or the pairs that bring their own."""
+        pairs = self.shared.config.mode == "pairs"
+        return "the held-out pairs" if pairs else self.validation_noise
+
     def plan(self, number: int) -> Plan:
         """Return the plan of one trial. Raises UsageError for settings that do not fit."""
         preset, config = applied(self.trials[number], self.base, self.config.training())
@@ -235,7 +241,7 @@ def _raise_told(error: BaseException) -> None:
 
 def _publish(search: Search, trials: list[Trial], output: Path) -> None:
     best = best_of(trials)
-    title = f"{search.config.preset}: {len(trials)} trials, compared on {search.validation_noise}"
+    title = f"{search.config.preset}: {len(trials)} trials, compared on {search.compared_on}"
     _write(output / "tune.png", plot_bytes(trials, title=title))
     if best is None:
         notes = [trial.note for trial in trials if trial.note]
@@ -256,7 +262,7 @@ def _notes(search: Search, best: Trial, baseline: Trial | None) -> str:
     against = "" if baseline is None else f"; the preset as it is: {baseline.psnr:.2f} dB"
     return (
         f"The best of {len(search.trials)} trials of `python -m jobs.tune`, trial {best.number}:\n"
-        f"validation PSNR {best.psnr:.2f} dB on {search.validation_noise} after {best.steps} steps"
+        f"validation PSNR {best.psnr:.2f} dB on {search.compared_on} after {best.steps} steps"
         f"{against}.\n"
         f"Use it with: {search.training_command(best, data='DATA...', settings='THIS_FILE')}\n"
         f"The rate was found for {best.steps} steps; longer trainings often like a lower one."
