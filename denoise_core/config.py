@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from denoise_core.errors import UsageError
 
@@ -306,9 +306,15 @@ def pixel_hash(config: DenoiseConfig, *, model_hash: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+LENGTHS = ("steps", "epochs", "hours")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Settings of `jobs.train`. What is None here, the preset says."""
+
+    # One of each at most is not None.
+    EXCLUSIVE: ClassVar = (LENGTHS, ("validate_minutes", "validate_steps"))
 
     data: tuple[str, ...] = setting(
         help="Folders, files, globs or s3://bucket/prefix of images; IDX files.",
@@ -483,7 +489,7 @@ class TrainConfig:
         )
 
     def _check_length(self) -> None:
-        given = [name for name in ("steps", "epochs", "hours") if getattr(self, name) is not None]
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
         require(
             len(given) <= 1,
             "Give the length of training by one of --steps N, --epochs N and --hours H.",
@@ -538,6 +544,9 @@ class TrainConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneConfig:
     """Settings of `jobs.tune`."""
+
+    # One at most is not None.
+    EXCLUSIVE: ClassVar = (LENGTHS,)
 
     data: tuple[str, ...] = setting(
         help="Folders, files, globs or s3://bucket/prefix of images; IDX files.",

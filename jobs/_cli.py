@@ -1,6 +1,7 @@
 """Makes a command line from a settings class, and turns errors into sentences and exit codes.
 
-Precedence: flag > environment (DENOISE_OUTPUT, ...) > configuration file > default.
+Precedence: flag > environment (DENOISE_OUTPUT, ...) > configuration file > default; of settings
+that exclude each other too.
 Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted; a job may return others.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from denoise_core.config import check_keys, nearest, require
 from denoise_core.errors import DenoiseError, UsageError
@@ -95,6 +97,7 @@ def settings_command(
     )
 
     def callback(**values: Any) -> None:
+        drop_excluded(values, settings, click.get_current_context())
         sys.exit(guarded(lambda: run(settings(**values)), interrupted=interrupted))
 
     return SettingsCommand(
@@ -105,6 +108,23 @@ def settings_command(
         many=frozenset(_flag(f) for f in fields if f.metadata["many"]),
         context_settings={"auto_envvar_prefix": "DENOISE", "max_content_width": 100},
     )
+
+
+# Of the sources of a setting, those that state it, the one that wins first.
+LEVELS = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
+
+
+def drop_excluded(values: dict[str, Any], settings: type, ctx: click.Context) -> None:
+    """Take out of `values` what a source states where a higher one states what excludes it.
+
+    `settings.EXCLUSIVE`, where there is one, has the names of which one at most is given.
+    """
+    for group in getattr(settings, "EXCLUSIVE", ()):
+        sources = {name: ctx.get_parameter_source(name) for name in group}
+        top = next((level for level in LEVELS if level in sources.values()), None)
+        for name in group:
+            if sources[name] != top:
+                values[name] = None
 
 
 def guarded(body: Callable[[], int], *, interrupted: str) -> int:

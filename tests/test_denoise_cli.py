@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import denoise_core.report
-from denoise_core.config import DenoiseConfig
+from denoise_core.config import DenoiseConfig, TrainConfig
 from denoise_core.errors import RunFailed
 from denoise_core.pipelines.denoise import Outcome, Totals
 from jobs import demo, denoise, report
@@ -23,12 +23,12 @@ from jobs.demo import MARKER, make_room
 
 
 def invoke(
-    *arguments: Any, env: dict[str, str] | None = None
-) -> tuple[int, str, list[DenoiseConfig]]:
+    *arguments: Any, env: dict[str, str] | None = None, settings: type = DenoiseConfig
+) -> tuple[int, str, list[Any]]:
     """Parse only; return the exit code, the output and the settings."""
-    seen: list[DenoiseConfig] = []
+    seen: list[Any] = []
     command = settings_command(
-        DenoiseConfig, lambda config: seen.append(config) or 0, name="jobs.denoise", help="Help."
+        settings, lambda config: seen.append(config) or 0, name="jobs.denoise", help="Help."
     )
     result = CliRunner().invoke(command, [str(each) for each in arguments], env=env)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -68,6 +68,22 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     code, text, (config,) = invoke("in", env={"DENOISE_CONFIG": str(file)})
     assert code == 0, text
     assert (config.output, config.patch) == ("file", "512")
+
+
+def test_a_flag_beats_what_it_excludes_in_the_environment_and_the_file(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text("hours = 2.0\nvalidate-minutes = 5.0\nseed = 3\n")
+    file = ("in", "--output", "o", "--config", tmp_path / "job.toml")
+
+    def lengths(*flags: Any, **env: str) -> tuple[Any, ...]:
+        code, text, (config,) = invoke(*file, *flags, env=env, settings=TrainConfig)
+        assert (code, config.seed) == (0, 3), text
+        return config.steps, config.epochs, config.hours, config.validate_minutes
+
+    assert lengths() == (None, None, 2.0, 5.0)
+    assert lengths("--steps", 5) == (5, None, None, 5.0)
+    assert lengths(DENOISE_EPOCHS="4") == (None, 4.0, None, 5.0)
+    assert lengths("--steps", 5, "--validate-steps", 2, DENOISE_EPOCHS="4") == (5, None, None, None)
+    assert "by one of" in refused(*file, "--steps", 5, "--epochs", 2, settings=TrainConfig)
 
 
 def test_the_example_configuration_leaves_no_kind_of_image_out() -> None:
