@@ -536,6 +536,7 @@ class Trainer:
                     elif self._checkpoint_due(clock.since_save()):
                         self._require_finite()
                         report({"loss": float(np.mean(losses)), "psnr": math.nan}, True)
+                        losses = []
                         clock.saved()
                     if fraction >= 1.0 or stage_at(self.preset.stages, fraction) is not stage:
                         break

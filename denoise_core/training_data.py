@@ -732,7 +732,7 @@ def validation_pairs(
 def prefetch(
     batches: Iterator[tuple[Array, Array]], *, depth: int = 4
 ) -> Generator[tuple[Array, Array]]:
-    """Run an iterator in a thread, `depth` items ahead."""
+    """Run an iterator in a thread, `depth` items ahead; `close()` waits for the one under way."""
     ready: queue.Queue[tuple[Array, Array] | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -746,7 +746,8 @@ def prefetch(
         except BaseException as error:
             ready.put(error)
 
-    threading.Thread(target=fill, daemon=True).start()
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -754,5 +755,7 @@ def prefetch(
             yield item
     finally:
         stop.set()
+        # Room for what it still has to put before it looks at `stop`.
         while not ready.empty():
             ready.get_nowait()
+        thread.join()

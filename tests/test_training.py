@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import struct
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -679,11 +680,25 @@ def test_prefetch_keeps_the_order_hands_on_errors_and_stops():
     ahead = prefetch(source(), depth=2)
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
     ahead.close()
-    time.sleep(0.1)
     count = len(made)
     assert count <= 8
     time.sleep(0.1)
     assert len(made) == count
+    busy, finished = threading.Event(), []
+
+    def slow():
+        yield 0
+        busy.set()
+        time.sleep(0.2)
+        finished.append(1)
+        yield 1
+
+    # What is under way when it is closed comes to its end: the next stage has the same sampler.
+    ahead = prefetch(slow())
+    next(ahead)
+    busy.wait()
+    ahead.close()
+    assert finished == [1]
 
     def broken():
         yield 1
@@ -905,6 +920,21 @@ def test_a_schedule_reports_and_counts(data, optimizer):
     assert trainer.progress.pixels == 12 * 4 * 16**2 + 12 * 2 * 32**2
     assert trainer.progress.seconds > 0
     assert run(trainer) == []
+
+
+def test_each_report_has_the_mean_loss_since_the_last(data, monkeypatch):
+    trainer = Trainer(config(steps=8, validate_steps=4), TINY, data)
+    monkeypatch.setattr(trainer, "_checkpoint_due", lambda _: trainer.progress.step == 2)
+    step, losses = trainer.train_step, []
+
+    def kept(*batch, fraction):
+        losses.append(step(*batch, fraction=fraction))
+        return losses[-1]
+
+    monkeypatch.setattr(trainer, "train_step", kept)
+    told = [metrics["loss"] for metrics, _ in run(trainer)]
+    parts = losses[:2], losses[2:4], losses[4:]
+    assert told == [pytest.approx(np.mean(part)) for part in parts]
 
 
 def test_the_seed_decides_the_first_weights(data):
