@@ -590,6 +590,28 @@ def test_two_workers_one_killed_on_the_way_follow_the_curve_of_one(resumed, data
         )
 
 
+def test_a_rate_of_the_input_is_of_its_steps_without_warm_up_and_end(monkeypatch):
+    from denoise_core.pipelines import train
+
+    now = 0.0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def batches():
+        try:
+            passes(50.0)
+            while True:
+                yield None, None
+        finally:
+            passes(100.0)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
+    trainer = SimpleNamespace(train_step=lambda *_, fraction: passes(0.5))
+    assert train._rate(trainer, batches(), steps=4, warm=2) == 2.0
+
+
 def tiny_checkpoint(folder: Path) -> Checkpoint:
     """Write a checkpoint of TINY's architecture with random weights."""
     rng = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -309,14 +311,16 @@ def input_rates(plan: Plan, *, steps: int, warm: int) -> dict[str, float]:
 def _rate(
     trainer: Trainer, batches: Iterator[tuple[Array, Array]], *, steps: int, warm: int
 ) -> float:
-    for place, (noisy, clean) in enumerate(batches):
-        if place == warm:
-            started = time.perf_counter()
-        trainer.train_step(noisy, clean, fraction=0.0)
-        if place == warm + steps:
-            break
-    batches.close()  # type: ignore[attr-defined]
-    return steps / (time.perf_counter() - started)
+    def train(count: int) -> None:
+        for noisy, clean in itertools.islice(batches, count):
+            trainer.train_step(noisy, clean, fraction=0.0)
+
+    # Closing ends Ray Data's actors, which is no training.
+    with closing(batches):  # type: ignore[type-var]
+        train(warm)
+        started = time.perf_counter()
+        train(steps)
+        return steps / (time.perf_counter() - started)
 
 
 # --- a worker -----------------------------------------------------------------------------------
