@@ -19,7 +19,7 @@ from denoise_core.config import TuneConfig
 from denoise_core.devices import NO_GPU
 from denoise_core.trials import Trial, baseline_of, best_of, keys_of, ranked, text_of
 from jobs._cli import settings_command
-from jobs._ray import silent_stderr, start_ray
+from jobs._ray import keep_freed_memory, silent_stderr, start_ray
 
 if TYPE_CHECKING:
     from denoise_core.pipelines.tune import Search
@@ -39,6 +39,7 @@ def run(config: TuneConfig) -> int:
         f"{len(search.trials)} trials{fewer}, compared by PSNR on {search.compared_on}; "
         "trial 0 is the preset as it is."
     )
+    keep_freed_memory()
     start_ray()
     trials = run_search(search, show=show)
     print_table(trials)
