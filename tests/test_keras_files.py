@@ -429,6 +429,42 @@ def test_images_too_small_for_a_net_without_padding_are_mirrored(tmp_path, kerne
         np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("size", "body", "local"),
+    [
+        (None, lambda x, k: (x**2 + k.ops.rsqrt(k.ops.abs(x) + 1.0)) / 2.0, True),
+        (None, lambda x, k: k.ops.concatenate(k.ops.split(x, 2, axis=-1)[::-1], axis=-1), True),
+        (None, lambda x, k: k.ops.where(x > 0.1, x, k.ops.stack([x, x], axis=-1)[..., 0]), True),
+        ((48, 48), lambda x, k: k.layers.RandomFlip()(k.layers.RandomRotation(0.1)(x)), True),
+        (None, lambda x, k: x / (0.1 + k.ops.std(x, axis=(1, 2), keepdims=True)), False),
+        (None, lambda x, k: k.ops.flip(x, axis=1), False),
+    ],
+)
+def test_plain_operations_of_keras_are_loaded_and_measured(tmp_path, size, body, local):
+    import keras
+
+    noisy = keras.Input((*(size or (None, None)), 1))
+    inner = keras.layers.Conv2D(4, 3, padding="same")(noisy)
+    model = keras.Model(noisy, keras.layers.Conv2D(1, 3, padding="same")(body(inner, keras)))
+    path = tmp_path / "plain.keras"
+    model.save(path)
+    batch = np.random.default_rng(0).random((2, 48, 48, 1), dtype=np.float32)
+    got, expected = (each(batch, training=False) for each in (load_model(path), model))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    figures = measuring.measure_file(path, (0.0, 1.0))
+    assert figures["total_stride"] == 1
+    assert (figures["exact_halo"] == 2) is local
+    assert any("depends on the whole" in note for note in figures["notes"]) is not local
+
+
+def test_what_keras_has_and_this_program_has_not_is_said_to_be_unsupported(tmp_path):
+    import keras
+
+    noisy = keras.Input((28, 28, 1))
+    keras.Model(noisy, keras.ops.image.resize(noisy, (28, 28))).save(tmp_path / "resized.keras")
+    refused(tmp_path / "resized.keras", "holds 'Resize', which is not supported here; replace it")
+
+
 def wide_net():
     """As `valid_net`, with one convolution of four features: oneDNN aborts at 2x2 pixels."""
     import keras
@@ -617,7 +653,7 @@ def edited(source, target, edit):
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [
-        ('"class_name": "Conv2D"', '"class_name": "TFSMLayer"', "'TFSMLayer', which is none"),
+        ('"class_name": "Conv2D"', '"class_name": "TFSMLayer"', "'TFSMLayer', which is not supp"),
         ('"class_name": "Subtract"', '"class_name": "TFOpLambda"', "TensorFlow operation"),
         ('"module": "keras.layers"', '"module": "os"', "holds 'InputLayer'"),
         ('"module": "keras.layers"', '"module": "kerasx.layers"', "holds 'InputLayer'"),

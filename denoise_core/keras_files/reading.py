@@ -34,13 +34,17 @@ LAYERS = """
     LayerNormalization GroupNormalization UnitNormalization RMSNormalization SpectralNormalization
     Dropout SpatialDropout2D GaussianNoise GaussianDropout AlphaDropout ActivityRegularization Add
     Subtract Multiply Average Maximum Minimum Concatenate Dot Attention AdditiveAttention
-    MultiHeadAttention TimeDistributed
+    MultiHeadAttention TimeDistributed RandomBrightness RandomContrast RandomFlip RandomRotation
+    RandomTranslation RandomZoom
 """
+# None that could come to a stride which `_strides` does not see, such as Resize.
 OPERATIONS = """
     Add Subtract Multiply Divide TrueDivide Negative Absolute Square Sqrt Exp Log Clip Maximum
     Minimum Mean Sum Max Concatenate Reshape Transpose ExpandDims Squeeze GetItem Pad Cast Relu
     Relu6 LeakyRelu Sigmoid HardSigmoid Tanh Silu Gelu Elu Selu Softplus Softmax DepthToSpace
-    SpaceToDepth
+    SpaceToDepth Power Mod FloorDivide Reciprocal Rsqrt Log1p Log2 Log10 Expm1 Sin Cos Sign Round
+    Floor Ceil HardTanh HardSilu Softsign Celu LogSigmoid LogSoftmax Where Greater GreaterEqual Less
+    LessEqual Equal NotEqual Min Prod Std Var Flip Split Stack
 """
 PARTS = """
     Zeros Ones Constant RandomNormal RandomUniform TruncatedNormal VarianceScaling GlorotNormal
@@ -273,7 +277,8 @@ def _check(path: Path, model: Config) -> None:
         registered = found.get("registered_name") in (None, name)
         if not (own and registered and name in KNOWN):
             label = config.get("name") if isinstance(config, dict) else None
-            raise CheckpointError(_refusal(path, str(name), str(label or config)[:60]))
+            text = str(label or config)[:60]
+            raise CheckpointError(_refusal(path, str(name), text, plain=own and registered))
         if isinstance(config, dict) and config.get("data_format") == "channels_first":
             raise CheckpointError(
                 f"{path}: its layers are channels_first; expected (height, width, channels): build "
@@ -310,18 +315,25 @@ def _calls(node: Any) -> Iterator[Config]:
             yield from _calls(value)
 
 
-def _refusal(path: Path, name: str, label: str) -> str:
-    what = {
+def _refusal(path: Path, name: str, label: str, *, plain: bool) -> str:
+    """Return the sentence about an object; `plain` where it says to be a class of Keras itself."""
+    advice = (
+        "by Keras' own layers (Add for +, Rescaling for *, Activation, ...) and save the model "
+        "again."
+    )
+    code = {
         "Lambda": f"the Lambda layer {label!r}",
         "__lambda__": "a Python lambda",
         "function": f"the function {label!r}",
         "TFOpLambda": f"the TensorFlow operation {label!r}",
         "SlicingOpLambda": f"the TensorFlow operation {label!r}",
-    }.get(name, f"{name!r}, which is none of Keras' own layers for images")
+    }
+    if plain and name not in code:
+        return f"{path}: holds {name!r}, which is not supported here; replace it {advice}"
+    what = code.get(name, f"{name!r}, which is none of Keras' own layers for images")
     return (
         f"{path}: holds {what}. To load it would need code, and no code of a model file is run; "
-        "replace it by Keras' own layers (Add for +, Rescaling for *, Activation, ...) and save "
-        "the model again."
+        f"replace it {advice}"
     )
 
 
