@@ -74,7 +74,7 @@ def keep_freed_memory() -> None:
 
     For training: each step takes the same memory again. By default glibc gives large blocks back to
     the kernel, and every page of them anew is a fault: 13,000 in a step of unet-s on a CPU, a tenth
-    of its time. Workers then hold up to a seventh more memory.
+    of its CPU time. Workers then hold up to a sixth more memory.
     """
     # Not by GLIBC_TUNABLES: it reaches the children of a child cut at its first ':'.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
